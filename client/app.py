@@ -1,0 +1,42 @@
+"""Flower ClientApp: one message in, one message out. Logic lives in medfl."""
+
+from collections.abc import Callable
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from medfl.messages import Answer, Broadcast
+from medfl.mods import always_reply
+from medfl.site import Site
+
+app = ClientApp(mods=[always_reply])
+
+
+def _answer(message: Message, context: Context, act: Callable[[Site, Broadcast], Answer]) -> Message:
+    broadcast = Broadcast.from_record(message.content)
+    answer = act(Site.for_message(broadcast.order.study, context), broadcast)
+    return Message(answer.to_record(), reply_to=message)
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Name and numbers of volumes."""
+    return _answer(message, context, lambda site, broadcast: site.describe(broadcast.order))
+
+
+@app.train("pretrain")
+def pretrain(message: Message, context: Context) -> Message:
+    """One round of local training."""
+    return _answer(message, context, Site.train)
+
+
+@app.query("refresh")
+def refresh(message: Message, context: Context) -> Message:
+    """Sums of the norm statistics under the weights sent along."""
+    return _answer(message, context, Site.refresh)
+
+
+@app.evaluate("probe")
+def evaluate(message: Message, context: Context) -> Message:
+    """Scores of the frozen encoder on this site's own data."""
+    return _answer(message, context, Site.evaluate)

@@ -1,0 +1,70 @@
+"""The `medfl` command. One file per user beside this one; errors are one line and an exit code."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from medfl.errors import ConfigError, MedflError
+from medfl.files import FULL
+
+Command = Callable[[Sequence[str]], None]
+USAGE = 2
+
+
+def commands() -> dict[str, Command]:
+    """Name → command; a command's help is its docstring."""
+    from medfl.cli import research
+
+    return {
+        "simulate": research.simulate,
+        "evaluate": research.evaluate,
+        "transfer": research.transfer,
+        "report": research.report,
+        "export": research.export,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (README, "Exit codes")."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    known = commands()
+    if not words or words[0] in ("help", "-h", "--help"):
+        _print_help(known)
+        return 0 if words else USAGE
+    if words[0] not in known:
+        print(
+            f"medfl: unknown command {words[0]!r}. Commands: {', '.join(known)}. Try: medfl --help",
+            file=sys.stderr,
+        )
+        return USAGE
+    try:
+        known[words[0]](words[1:])
+    except MedflError as error:
+        print(f"medfl {words[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"medfl {words[0]}: the disk is full: {error}. Free space and add resume=true.", file=sys.stderr)
+        return 30
+    except KeyboardInterrupt:
+        print(f"\nmedfl {words[0]}: stopped. Go on with the same command and resume=true.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_argument(name: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """The run folder and the overrides of `medfl <name> RUN [key=value ...]`."""
+    if not words or "=" in words[0] or words[0].startswith("-"):
+        raise ConfigError(f"got no run folder. Usage: medfl {name} RUN [key=value ...]")
+    return words[0], list(words[1:])
+
+
+def _print_help(known: dict[str, Command]) -> None:
+    print("medfl: federated self-supervised pretraining for medical images\n")
+    for name, command in known.items():
+        print(f"  medfl {name:9} {(command.__doc__ or '').splitlines()[0]}")
+    print("\nOne command's options: medfl COMMAND --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What a run shows while it goes on, and at its end."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from medfl.run_folder import Event, RunFolder
+from medfl.study import Study
+
+
+class Progress:
+    """The arm that trains, its round and loss, and the time left for all arms, from what rounds took so far."""
+
+    def __init__(self, console: Console, study: Study, stages: Sequence[str]) -> None:
+        self.console, self.study = console, study
+        self.arms = 0
+        self.trains = "pretrain" in stages
+        self.done = 0
+        self.began = time.monotonic()
+        self.last = ""
+        self.bars = Bars(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bars.add_task("enrolling sites", total=1, note="")
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def show(self, event: Event) -> None:
+        """Follow one event of the run folder."""
+        if event.name == "refused":
+            self.console.print(f"[yellow]refused[/] {event.stage} round {event.round}: {event.reason}", soft_wrap=True)
+        elif event.name == "checkpoint/damaged":
+            self.console.print(f"[yellow]checkpoint[/] {event.reason}", soft_wrap=True)
+        elif event.stage == "enrol" and event.name == "site/train":
+            self.arms += 1
+            rounds = _trained_arms(self.study, self.arms - 1) * self.study.rounds.count
+            self.bars.update(self.task, total=max(1, rounds if self.trains else 1))
+        elif event.stage == "pretrain" and event.name == "loss/total" and not event.site:
+            self._round(event)
+
+    def _round(self, event: Event) -> None:
+        self.done += 1
+        if event.arm != self.last:
+            self.last, self.began = event.arm, self.began or time.monotonic()
+        total = self.bars.tasks[0].total or 1
+        left = (time.monotonic() - self.began) / self.done * max(0.0, total - self.done)
+        note = f"round {event.round}/{self.study.rounds.count}  loss {event.value:.3f}  {_minutes(left)} left"
+        self.bars.update(self.task, completed=self.done, description=event.arm, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"{event.arm:<22} {note}", soft_wrap=True)
+
+
+def _trained_arms(study: Study, sites: int) -> int:
+    each = {"federated": 1, "local": sites, "central": 1, "random": 0}
+    return sum(each[arm] for arm in study.arms)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def sites_table(study: Study, facts: dict[str, Any]) -> Table:
+    """Who takes part, and how different the sites are."""
+    shift = facts["calibration"]
+    table = Table(title=f"{study.run_dir}", title_justify="left", caption_justify="left", caption=_shift_line(shift))
+    for name in ("site", "train", "val", "test", "classes in training", "scanner"):
+        table.add_column(name, justify="right" if name in ("train", "val", "test") else "left")
+    for site in facts["sites"]:
+        classes = ", ".join(f"{name} {count}" for name, count in site["classes"].items())
+        held = " (held out)" if site["held_out"] else ""
+        sizes = [str(site[split]) for split in ("train", "val", "test")]
+        table.add_row(site["name"] + held, *sizes, classes or "no labels", site["profile"])
+    return table
+
+
+def _shift_line(shift: dict[str, Any]) -> str:
+    words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in shift.items() if isinstance(value, int | float)]
+    return "site shift: " + ", ".join(words)
+
+
+def summary(folder: RunFolder) -> Table:
+    """Linear-probe AUC of every arm, and where everything is."""
+    rows = [r for r in folder.evaluations() if r["protocol"] == "linear" and r["metric"] == "auc"]
+    arms = list(dict.fromkeys(_group(row["arm"]) for row in rows))
+    sites = list(dict.fromkeys(row["site"] for row in rows))
+    table = Table(title="linear-probe AUC on the frozen encoder (95 % interval)", title_justify="left",
+                  caption=_files(folder), caption_justify="left")  # fmt: skip
+    for name in ("arm", *sites, "mean"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for arm in arms:
+        cells = {r["site"]: r for r in rows if _group(r["arm"]) == arm and _own(r)}
+        values = [float(cells[site]["value"]) for site in sites if site in cells]
+        mean = f"{sum(values) / len(values):.3f}" if values else "–"
+        table.add_row(arm, *(_cell(cells.get(site)) for site in sites), mean)
+    return table
+
+
+def _files(folder: RunFolder) -> str:
+    names = ("encoder.safetensors", "evaluation.csv", "transfer.csv", "wire.csv", "report.html")
+    return f"{folder.path}/ " + "  ".join(name for name in names if (folder.path / name).exists())
+
+
+def _group(arm: str) -> str:
+    return "local (each at its own site)" if arm.startswith("local:") else arm
+
+
+def _own(row: dict[str, str]) -> bool:
+    return not row["arm"].startswith("local:") or row["arm"] == f"local:{row['site']}"
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    ends = f" ({float(row['low']):.2f}–{float(row['high']):.2f})" if row["low"] and row["high"] else ""
+    return f"{float(row['value']):.3f}{ends}"

@@ -1,0 +1,180 @@
+"""From overrides to a typed study, and from a node to the object it names. The only file that sees Hydra.
+
+Hydra composes once, where the command is typed. What travels is the resolved YAML; a site parses it as data and builds
+objects only from the closed set of medfl's own packages, so that no configuration can name other code.
+"""
+
+import difflib
+import functools
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medfl.errors import ConfigError
+from medfl.study import Evaluation, Node, Rounds, Study, Training
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BUILDABLE = ("medfl.data", "medfl.views", "medfl.models", "medfl.methods", "medfl.optimizers", "medfl.rules")
+
+
+def compose(overrides: Sequence[str]) -> Study:
+    """The study that `medfl simulate <overrides>` means.
+
+    Raises:
+        ConfigError: an unknown group, option or key (with its nearest match), or a value that cannot be used.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = hydra.compose("study", overrides=list(overrides), return_hydra_config=True)
+        choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items()}
+        tree = OmegaConf.to_container(config, resolve=False)
+        if not isinstance(tree, dict):
+            raise ConfigError("configs/study.yaml must be a mapping.")
+        tree.pop("hydra")
+        tree.pop("resume")  # of this command, not of the study
+        _complete(tree)
+        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("configs/study.yaml must be a mapping.")
+    named = {str(key): value for key, value in tree.items()}
+    if named["run"]["dir"] is None:
+        parts = [choices["method"], str(named["data"].get("name") or choices["data"]), choices["sites"]]
+        named["run"]["dir"] = f"runs/{'-'.join(parts)}-seed{named['seed']}"
+    return parse(yaml.safe_dump(named, sort_keys=False, allow_unicode=True))
+
+
+def _complete(tree: dict[Any, Any]) -> None:
+    """Fill what a data source knows from its name alone (spatial dimensions, channels), before interpolation."""
+    node = tree["data"]
+    module = importlib.import_module(_module_of(str(node["_target_"])))
+    if complete := getattr(module, "complete", None):
+        tree["data"] = complete(node)
+
+
+def parse(text: str) -> Study:
+    """A study from its resolved YAML; the text is data, never code.
+
+    Raises:
+        ConfigError: not YAML, a missing or unknown section, or a value of the wrong type.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the study is not valid YAML: {error}. Send the file that medfl wrote.") from None
+    names = (
+        "seed",
+        "stages",
+        "arms",
+        "run",
+        "data",
+        "sites",
+        "views",
+        "encoder",
+        "method",
+        "training",
+        "rounds",
+    )
+    names = (*names, "rule", "server_optimizer", "evaluation")
+    if not isinstance(tree, dict):
+        raise ConfigError("the study must be a mapping of sections. Send the file that medfl wrote.")
+    if odd := sorted(set(names) ^ tree.keys()):
+        state = "has no" if odd[0] in names else "has an unknown"
+        raise ConfigError(f"the study {state} section {odd[0]!r}. Send the file that medfl wrote.")
+    if type(tree["seed"]) is not int:
+        raise ConfigError(f"seed: got {tree['seed']!r}, need an integer.")
+    for name in ("stages", "arms"):
+        if not isinstance(tree[name], list):
+            raise ConfigError(f"{name}: got {tree[name]!r}, need a list such as [{name[:-1]}].")
+    return Study(
+        seed=tree["seed"],
+        stages=tuple(tree["stages"]),
+        arms=tuple(tree["arms"]),
+        run_dir=str(tree["run"]["dir"]),
+        state_dir=str(tree["run"].get("state_dir") or Path(tree["run"]["dir"]) / "sites"),
+        training=Training.read(tree["training"], "training"),
+        rounds=Rounds.read(tree["rounds"], "rounds"),
+        evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
+        source=text,
+        **{name: tree[name] for name in ("data", "sites", "views", "method", "rule", "server_optimizer")},
+    )
+
+
+def build(node: Node, **extra: Any) -> Any:
+    """The object that a node names; nested nodes first.
+
+    Raises:
+        ConfigError: a target outside medfl's own packages, or arguments that it does not take.
+    """
+    target = _target(node)
+    arguments = {name: _nested(value) for name, value in node.items() if name != "_target_"}
+    try:
+        return target(**arguments, **extra)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise ConfigError(f"{node['_target_']}: {error}. Compare with its file under configs/.") from None
+
+
+def partial(node: Node) -> Callable[..., Any]:
+    """The pure function that a node names, with its arguments bound."""
+    return functools.partial(_target(node), **{k: _nested(v) for k, v in node.items() if k != "_target_"})
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, dict):
+        return build(value) if "_target_" in value else {k: _nested(v) for k, v in value.items()}
+    return [_nested(item) for item in value] if isinstance(value, list) else value
+
+
+def _module_of(target: str) -> str:
+    module = target.rpartition(".")[0]
+    if not any(module == package or module.startswith(f"{package}.") for package in BUILDABLE):
+        raise ConfigError(f"_target_: got {target!r}, need a name inside {', '.join(BUILDABLE)}.")
+    return module
+
+
+def _target(node: Node) -> Callable[..., Any]:
+    path = str(node.get("_target_"))
+    module, name = _module_of(path), path.rpartition(".")[2]
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"_target_: {path!r} does not exist in this version of medfl.") from None
+    if name.startswith("_") or not callable(found) or getattr(found, "__module__", "") != module:
+        raise ConfigError(f"_target_: {path!r} is not a public class or function of {module}.")
+    return found  # type: ignore[no-any-return]
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line: what was got, what is near it."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if key := re.search(r"Could not override '([^']+)'", str(error)):
+        return f"unknown override {key[1]!r}.{_nearest(key[1])} List the keys with: medfl simulate --cfg job"
+    if option := re.search(r"Could not find '([^']+)/([^']+)'", str(error)):
+        group, name = option[1], option[2]
+        found = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        return f"{group}={name} does not exist. Choose one of: {', '.join(found) or 'nothing (no such group)'}."
+    return f"{text} (overrides: {' '.join(overrides) or 'none'})"
+
+
+def _nearest(key: str) -> str:
+    """The closest existing key, over all config files."""
+    known = set()
+    for path in CONFIGS.rglob("*.yaml"):
+        group = path.relative_to(CONFIGS).parent.as_posix()
+        for line in path.read_text().splitlines():
+            if name := re.match(r"([a-z_]+):", line):
+                known.add(name[1] if group == "." else f"{group}.{name[1]}")
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,139 @@
+"""What a data set is before and after it is divided among sites: plain containers, one tensor per split."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from medfl.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Records:
+    """One data set in memory, before it is divided into sites. N images on one grid.
+
+    Attributes:
+        images: (N, C, *S) float32, nominally in [-1, 1]; S = (H, W) or (D, H, W).
+        labels: (N,) int64 index into `classes`; -1 = unknown.
+        patients: (N,) ids; they never leave the site.
+        splits: (N,) "train" | "val" | "test", or "" = still to be assigned, by patient.
+        sites: (N,) names of natural sites, or None.
+        classes: at least two names, or () when there are no labels.
+        spacing: mm along each axis of the grid.
+        masks: (N, *S) uint8, or None.
+
+    Raises:
+        ValueError: lengths, shapes or types that contradict each other.
+    """
+
+    images: Tensor
+    labels: Tensor
+    patients: tuple[str, ...]
+    splits: tuple[str, ...]
+    sites: tuple[str, ...] | None
+    classes: tuple[str, ...]
+    spacing: tuple[float, ...]
+    masks: Tensor | None
+
+    def __post_init__(self) -> None:
+        count, grid = len(self.images), tuple(self.images.shape[2:])
+        lengths = {len(self.labels), len(self.patients), len(self.splits), len(self.sites or self.patients)}
+        if lengths != {count}:
+            raise ValueError(f"records: got {count} images, but columns of lengths {sorted(lengths)}.")
+        if self.images.dtype != torch.float32 or self.labels.dtype != torch.int64:
+            raise ValueError(f"records: got {self.images.dtype} and {self.labels.dtype}, need float32 and int64.")
+        if len(self.spacing) != len(grid):
+            raise ValueError(f"records: got a spacing of {len(self.spacing)} axes for a grid of {len(grid)}.")
+        if self.masks is not None and tuple(self.masks.shape) != (count, *grid):
+            raise ValueError(f"records: got masks {tuple(self.masks.shape)}, need {(count, *grid)}.")
+        if strange := set(self.splits) - {*SPLITS, ""}:
+            raise ValueError(f"records: got split {sorted(strange)[0]!r}, need one of {', '.join(SPLITS)}.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split at one site; shapes as in `Records`."""
+
+    images: Tensor
+    labels: Tensor
+    patients: tuple[str, ...]
+    masks: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """Everything that one site holds. `held_out`: the site is evaluated, but never trains."""
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    classes: tuple[str, ...]
+    spacing: tuple[float, ...]
+    profile: str
+    held_out: bool
+
+
+class Source(Protocol):
+    """Where records come from; what a node of the config group `data` builds."""
+
+    @property
+    def spatial_dims(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def load(self) -> Records: ...
+
+
+def choose(records: Records, rows: Sequence[int]) -> Split:
+    """The given rows as one split."""
+    index = torch.as_tensor(list(rows), dtype=torch.int64)
+    return Split(
+        images=records.images[index],
+        labels=records.labels[index],
+        patients=tuple(records.patients[row] for row in rows),
+        masks=None if records.masks is None else records.masks[index],
+    )
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Several splits as one, in the given order."""
+    masks = [split.masks for split in splits if split.masks is not None]
+    return Split(
+        images=torch.cat([split.images for split in splits]),
+        labels=torch.cat([split.labels for split in splits]),
+        patients=tuple(patient for split in splits for patient in split.patients),
+        masks=torch.cat(masks) if len(masks) == len(splits) else None,
+    )
+
+
+def with_images(split: Split, images: Tensor) -> Split:
+    """The same split with other pixels."""
+    return replace(split, images=images)
+
+
+def require(where: str, limits: Mapping[str, tuple[object, bool, str]]) -> None:
+    """Refuse the first setting that is not usable: name -> (got, usable, what is needed).
+
+    Raises:
+        ConfigError: naming the setting `where.name`.
+    """
+    for name, (got, usable, need) in limits.items():
+        if not usable:
+            raise ConfigError(f"{where}.{name}: got {got!r}, need {need}.")
+
+
+def whole(value: object, least: int = 1) -> bool:
+    """Whether a setting is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

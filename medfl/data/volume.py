@@ -1,0 +1,207 @@
+"""Reading one scan and bringing it to the common grid: file -> (C, *S) raw values -> intensities -> grid.
+
+Everything here knows one scan, not the data set. MONAI reads PNG, JPEG and NIfTI; single DICOM files go
+through pydicom because MONAI inverts no MONOCHROME1 and keeps colour as an axis of space.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medfl.errors import DataError
+
+PHOTOGRAPHS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+NORMALIZATIONS = ("percentile", "range", "zscore")
+ZSCORE_LIMIT = 3.0  # standard deviations that become -1 and 1
+
+
+def read(path: Path, spatial_dims: int) -> tuple[Tensor, tuple[float, ...]]:
+    """One scan as stored: float32 (C, *S) and its spacing in mm (1.0 where the format has none).
+
+    2D is (H, W) with row 0 at the top. 3D is NIfTI or a folder of DICOM slices, turned to RAS axes.
+
+    Raises:
+        DataError: the file is missing, of an unknown format, damaged, of other dimensions, constant or not
+        finite.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Correct the data list or data.root.")
+    try:
+        image, spacing = _reader(path)
+    except DataError:
+        raise
+    except Exception as error:  # the decoders raise whatever they like; the cause is always the file
+        first = str(error).strip().splitlines()[:1]
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {''.join(first)}). Replace it.") from error
+    if image.ndim != spatial_dims + 1:
+        raise DataError(
+            f"{path}: got an image of {image.ndim - 1} dimensions, need {spatial_dims}. Set data.spatial_dims."
+        )
+    if not bool(torch.isfinite(image).all()):
+        raise DataError(f"{path}: holds NaN or infinite values. Repair the image or leave it out.")
+    if bool((image == image.flatten()[0]).all()):
+        raise DataError(f"{path}: is constant (every value is {float(image.flatten()[0]):g}). Leave it out.")
+    return image, spacing
+
+
+def _reader(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+    name = path.name.lower()
+    if path.is_dir():
+        return _dicom_series(path)
+    if name.endswith(PHOTOGRAPHS):
+        return _photograph(path), (1.0, 1.0)
+    if name.endswith((".nii", ".nii.gz")):
+        return _nifti(path)
+    if name.endswith((".dcm", ".dicom")) or "." not in name:
+        return _dicom(path)
+    raise DataError(f"{path}: unknown format. Need {', '.join(PHOTOGRAPHS)}, .nii, .nii.gz, .dcm or a DICOM folder.")
+
+
+def _photograph(path: Path) -> Tensor:
+    from monai.data.image_reader import PILReader
+
+    reader = PILReader(converter=_plain_mode, reverse_indexing=False)
+    pixels, _ = reader.get_data(reader.read(path))
+    tensor = torch.from_numpy(np.asarray(pixels).astype(np.float32))
+    return tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0)
+
+
+def _plain_mode(image: Any) -> Any:
+    """Palettes become colours, an alpha channel is dropped."""
+    modes = {"P": "RGB", "RGBA": "RGB", "PA": "RGB", "LA": "L", "1": "L", "CMYK": "RGB", "YCbCr": "RGB"}
+    return image.convert(modes[image.mode]) if image.mode in modes else image
+
+
+def _nifti(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+    from monai.data.image_reader import NibabelReader
+
+    return _upright(NibabelReader(), path)
+
+
+def _dicom_series(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+    from monai.data.image_reader import PydicomReader
+
+    return _upright(PydicomReader(), path)
+
+
+def _upright(reader: Any, path: Path) -> tuple[Tensor, tuple[float, ...]]:
+    """What a reader of volumes gives, (C, *S) with RAS axes, and the spacing."""
+    from monai.data.meta_tensor import MetaTensor
+    from monai.transforms.spatial.array import Orientation
+
+    pixels, header = reader.get_data(reader.read(path))
+    image = torch.from_numpy(np.asarray(pixels).astype(np.float32))
+    last = header["original_channel_dim"] in (-1, image.ndim - 1)
+    image = image.movedim(-1, 0) if last else image[None]
+    if image.ndim != 4:
+        return image, tuple(float(mm) for mm in np.linalg.norm(header["affine"][:3, : image.ndim - 1], axis=0))
+    turned: Any = Orientation(axcodes="RAS", labels=None)(MetaTensor(image, affine=torch.as_tensor(header["affine"])))
+    return torch.from_numpy(np.asarray(turned)), tuple(
+        float(mm) for mm in np.linalg.norm(np.asarray(turned.affine)[:3, :3], axis=0)
+    )
+
+
+def _dicom(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+    import pydicom
+    from pydicom.pixels.processing import apply_rescale
+    from pydicom.pixels.utils import pixel_array
+
+    header = pydicom.dcmread(path)
+    pixels = pixel_array(header)  # decompressed; YBR is turned into RGB
+    colour = int(header.get("SamplesPerPixel", 1)) > 1
+    values: NDArray[Any] = np.asarray(pixels if colour else apply_rescale(pixels, header), dtype=np.float32)
+    if header.get("PhotometricInterpretation") == "MONOCHROME1":  # white is low
+        values = values.max() + values.min() - values
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    spacing = [float(value) for value in header.get("PixelSpacing") or (1.0, 1.0)]
+    if tensor.ndim - colour == 3:  # several frames
+        spacing = [float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0), *spacing]
+    return (tensor.movedim(-1, 0) if colour else tensor[None]), tuple(spacing)
+
+
+def match_channels(image: Tensor, channels: int, path: Path) -> Tensor:
+    """`image` (C, *S) with the wanted channels: grey is repeated, colour that is grey in truth is reduced.
+
+    Raises:
+        DataError: any other difference.
+    """
+    got = len(image)
+    if got == channels:
+        return image
+    if got == 1 and channels == 3:
+        return image.expand(3, *image.shape[1:])
+    if got == 3 and channels == 1 and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2]):
+        return image[:1]
+    raise DataError(f"{path}: got {got} channels, need {channels}. Set data.channels={got} or convert the images.")
+
+
+def normalize(image: Tensor, how: str, window: tuple[float, float] | None) -> Tensor:
+    """Intensities (C, *S) in [-1, 1]; every choice but `window` looks at this scan alone.
+
+    Args:
+        how: "percentile": the 0.5th and 99.5th become -1 and 1, the rest is clipped. "range": least and
+            largest. "zscore": (x - mean) / SD, clipped at 3 SD and divided by 3.
+        window: (low, high) in stored units (HU in CT) that become -1 and 1; replaces `how`.
+
+    Raises:
+        DataError: nothing is left inside the window or between the percentiles.
+    """
+    if window is None and how == "zscore":
+        spread = image.std().clamp_min(torch.finfo(torch.float32).tiny)
+        return ((image - image.mean()) / spread).clamp(-ZSCORE_LIMIT, ZSCORE_LIMIT) / ZSCORE_LIMIT
+    if window is not None:
+        low, high = window
+    elif how == "range":
+        low, high = float(image.min()), float(image.max())
+    else:
+        low, high = (float(value) for value in np.percentile(image.numpy(), (0.5, 99.5)))
+        if low == high:  # almost all of it is background
+            low, high = float(image.min()), float(image.max())
+    scaled = (image.clamp(low, high) - low) / (high - low) * 2 - 1
+    if bool((scaled == scaled.flatten()[0]).all()):
+        raise DataError(f"got no value inside the window {low:g} to {high:g}. Widen data.window.")
+    return scaled
+
+
+def to_grid(image: Tensor, size: int, steps: tuple[float, ...]) -> Tensor:
+    """`image` (C, *S) on a grid of `size` along each axis, centred; beyond its border its least value.
+
+    Args:
+        steps: input voxels per output voxel, per axis. Crops, pads and resizes in one linear map per axis.
+    """
+    floor = image.min()
+    out = image - floor
+    for axis, step in enumerate(steps, start=1):
+        weights = resampler(out.shape[axis], size, torch.tensor(step))
+        out = torch.movedim(torch.movedim(out, axis, -1) @ weights.T, -1, axis)
+    return out + floor
+
+
+def resampler(length: int, size: int, step: Tensor) -> Tensor:
+    """Linear resampling as a matrix, (..., size, length) for `step` (...): input voxels per output voxel.
+
+    A triangle filter as wide as the step (at least two voxels) keeps fine detail from aliasing. Rows sum to
+    1 inside the image and fade to 0 beyond its border.
+    """
+    step = step.to(torch.float32)[..., None, None]
+    centre = (torch.arange(size)[:, None] - (size - 1) / 2) * step + (length - 1) / 2  # (..., size, 1)
+    width = step.clamp_min(1.0)
+    weights = (1 - (torch.arange(length) - centre).abs() / width).clamp_min(0)
+    whole = weights.sum(-1, keepdim=True).clamp_min(1e-6)
+    inside = ((length - 0.5 - centre) / width + 0.5).clamp(0, 1) * ((centre + 0.5) / width + 0.5).clamp(0, 1)
+    return weights / whole * inside
+
+
+def fit_steps(shape: tuple[int, ...], spacing: tuple[float, ...], size: int, fit: str) -> tuple[float, ...]:
+    """Voxels per output voxel that keep proportions in mm.
+
+    `fit="crop"`: the shortest side fills the grid and the others are cropped; "pad": the longest side fills
+    it.
+    """
+    extents = [n * mm for n, mm in zip(shape, spacing, strict=True)]
+    target = (min(extents) if fit == "crop" else max(extents)) / size
+    return tuple(target / mm for mm in spacing)

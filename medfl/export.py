@@ -1,0 +1,96 @@
+"""The product: one encoder as safetensors, with all that is needed to use it and to know where it comes from."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from medfl import __version__, config
+from medfl.errors import ConfigError, DataError
+from medfl.files import sha256, write_bytes, write_tensors
+from medfl.methods.base import Role
+from medfl.rounds import Server
+from medfl.site import new_method
+from medfl.study import Study
+
+PREFIX = "encoder."
+log = logging.getLogger(__name__)
+
+
+def write_encoder(folder: Path, study: Study, server: Server) -> None:
+    """encoder.safetensors and encoder.json: architecture, input, role of each tensor, provenance, hash.
+
+    Heads stay behind: they belong to the pretext task. Tensors that stay at the sites (norm=local) are not in it
+    either.
+    """
+    method = new_method(study)
+    claims = {name: claim for name, claim in method.roles().items() if name.startswith(PREFIX)}
+    tensors = {n.removeprefix(PREFIX): t for n, t in server.tensors().items() if n.startswith(PREFIX)}
+    fixed = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in method.state_dict().items()
+        if name in claims and claims[name].role is Role.FIXED
+    }
+    digest = write_tensors(folder / "encoder.safetensors", tensors | fixed)
+    facts = {
+        "architecture": method.encoder.describe(),  # type: ignore[operator]
+        "input": {name: study.data.get(name) for name in ("spatial_dims", "channels", "size")},
+        "roles": [
+            {"name": name, "role": claims[PREFIX + name].role, "shape": list(tensor.shape)}
+            for name, tensor in sorted((tensors | fixed).items())
+        ],
+        "norm": study.rounds.norm,
+        "provenance": {
+            "medfl": __version__, "arm": server.arm, "rounds": server.round, "seed": study.seed,
+            "method": study.method["_target_"], "lineage": server.lineage,
+        },
+        "sha256": digest,
+    }  # fmt: skip
+    write_bytes(folder / "encoder.json", json.dumps(facts, indent=1).encode())
+
+
+def load_encoder(folder: Path) -> nn.Module:
+    """The exported encoder in eval mode, built from encoder.json and checked against its hash.
+
+    Raises:
+        DataError: the files are missing or do not belong together.
+    """
+    weights, facts = folder / "encoder.safetensors", _facts(folder)
+    if sha256(weights) != facts["sha256"]:
+        raise DataError(f"{weights} does not match the SHA-256 in encoder.json. Copy both files again.")
+    encoder = config.build(facts["architecture"])
+    if not isinstance(encoder, nn.Module):
+        raise DataError(f"{folder}/encoder.json names no network. Copy both files again.")
+    lacking = set(encoder.load_state_dict(load_file(weights), strict=False).missing_keys)
+    if lacking := {name for name in lacking if not name.endswith("num_batches_tracked")}:
+        log.warning("%s lacks %d tensors that stayed at the sites, such as %s: recalibrate norms on your images.",
+                    weights, len(lacking), min(lacking))  # fmt: skip
+    return encoder.eval()
+
+
+def copy_encoder(source: Path, target: Path) -> Path:
+    """Copy both files of an encoder to `target`, after its hash was checked; returns `target`.
+
+    Raises:
+        DataError: as `load_encoder`.
+        ConfigError: `target` holds an encoder already.
+    """
+    if (target / "encoder.safetensors").exists():
+        raise ConfigError(f"{target} holds an encoder already. Name another folder with to=FOLDER.")
+    load_encoder(source)
+    for name in ("encoder.safetensors", "encoder.json"):
+        write_bytes(target / name, (source / name).read_bytes())
+    return target
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    weights, file = folder / "encoder.safetensors", folder / "encoder.json"
+    if not (weights.exists() and file.exists()):
+        raise DataError(f"{folder} holds no encoder.safetensors with encoder.json. Give a finished run's folder.")
+    facts = json.loads(file.read_text())
+    if not isinstance(facts, dict) or not {"sha256", "architecture"} <= facts.keys():
+        raise DataError(f"{file} is not an encoder's description. Copy both files again.")
+    return facts

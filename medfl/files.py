@@ -1,0 +1,79 @@
+"""Writing files so that a crash at any instant leaves the old file or the new one, never half of one."""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from medfl.errors import ResourceError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn "no space left" into one line that says where and how much; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(existing(path)).free
+        raise ResourceError(
+            f"cannot write {path}: {os.strerror(error.errno or 0).lower()} ({free / 1e6:.0f} MB free). "
+            "Free space, then run the same command with resume=true; nothing that was complete is lost."
+        ) from None
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return path if path.exists() else existing(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` atomically and durably.
+
+    Raises:
+        ResourceError: the disk is full; `path` is as it was.
+    """
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write safetensors atomically; returns the SHA-256 of the file."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

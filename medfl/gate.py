@@ -1,0 +1,204 @@
+"""The reply gate: what a site sends reaches the aggregate only if it is exactly what was asked for.
+
+Every check names the site and the finding; a refused reply costs that site the round and nobody else. Sizes are
+compared before any memory is taken for the content.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import Array, Message, RecordDict
+
+from medfl.errors import MedflError
+from medfl.layout import DTYPES, Flat, Layout
+from medfl.messages import RAW, SITE_ERROR, from_array
+
+METRIC = re.compile(r"(loss|monitor|site|linear|knn|classifier)/[a-z0-9_]{1,40}(/(value|low|high))?")
+MOST_METRICS = 200
+LARGEST_METRIC = 1e9
+HINTS = {
+    3: "Its configuration is refused there.",
+    10: "Its data could not be used.",
+    11: "The site refuses the study.",
+    30: "It ran out of memory or disk.",
+    50: "Its training diverged.",
+}
+
+
+class ReplyRefused(MedflError):
+    """One site's reply does not count in this round."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reply must be."""
+
+    site: str
+    nonce: str
+    layout: Layout  # of the reply's tensors, for the owner groups this site holds
+    digest: str  # of the whole reply layout
+    volumes: int = 0  # enrolled training volumes; 0: the reply claims none
+    steps: int = 0
+    before: Flat = field(default_factory=dict)  # the broadcast, to measure the update
+    max_update: float = math.inf
+    max_growth: float = math.inf
+    accepted: Sequence[float] = ()  # norms of the updates accepted so far
+
+
+@dataclass(frozen=True)
+class Update:
+    """An admitted reply. `flat` are views of the message's bytes; `norm` is the L2 norm of parameters − broadcast."""
+
+    site: str
+    flat: Flat
+    volumes: int
+    metrics: dict[str, float]
+    norm: float
+
+
+def admit(reply: Message, expected: Expected) -> Update:
+    """The update in `reply`.
+
+    Raises:
+        ReplyRefused: the reply is an error, stale, of another site or layout, has missing, extra, reshaped, oversized or
+            non-finite tensors, an update beyond the norm limits, or numbers that are not on the list.
+    """
+    if reply.has_error():
+        raise ReplyRefused(
+            f"site '{expected.site}': {reply.error.reason} {HINTS.get(reply.error.code - SITE_ERROR, '')}"
+        )
+    content = reply.content
+    _check_identity(content, expected)
+    metrics = _metrics(content, expected)
+    flat = _tensors(content, expected)
+    _check_moments(flat, expected)
+    return Update(expected.site, flat, int(metrics.get("site/volumes", 0)), metrics, _update_norm(flat, expected))
+
+
+def _refuse(expected: Expected, finding: str) -> ReplyRefused:
+    return ReplyRefused(f"site '{expected.site}': {finding}")
+
+
+def _check_identity(content: RecordDict, expected: Expected) -> None:
+    identity = content.config_records.get("identity")
+    if identity is None or set(content.config_records) != {"identity"}:
+        raise _refuse(expected, f"got the records {sorted(content.config_records)}, need 'identity' alone.")
+    wanted = {"site": expected.site, "nonce": expected.nonce, "layout": expected.digest}
+    meaning = {
+        "site": "it speaks for another site",
+        "nonce": "it answers another request (stale or replayed)",
+        "layout": "it has another model or release",
+    }
+    for name, value in wanted.items():
+        if identity.get(name) != value:
+            raise _refuse(
+                expected, f"{name} is {str(identity.get(name))[:40]!r}, need {value[:40]!r}: {meaning[name]}."
+            )
+    if extra := sorted(identity.keys() - wanted.keys()):
+        raise _refuse(expected, f"unexpected field {str(extra[0])[:40]!r} in its identity.")
+
+
+def _metrics(content: RecordDict, expected: Expected) -> dict[str, float]:
+    record = content.metric_records.get("metrics")
+    if record is None or set(content.metric_records) != {"metrics"}:
+        raise _refuse(expected, f"got the metric records {sorted(content.metric_records)}, need 'metrics' alone.")
+    metrics = checked_metrics(record.items(), expected.site)
+    if expected.volumes:
+        _check_count("site/volumes", record.get("site/volumes"), expected.volumes, expected)
+        _check_count("site/steps", record.get("site/steps"), expected.steps, expected)
+    return metrics
+
+
+def checked_metrics(items: Iterable[tuple[str, object]], site: str) -> dict[str, float]:
+    """The named numbers, if every name is on the list and every value finite and bounded."""
+    metrics: dict[str, float] = {}
+    for name, value in items:
+        if not METRIC.fullmatch(name):
+            raise ReplyRefused(f"site '{site}': metric {name[:60]!r} is not on the list of what may be sent.")
+        if type(value) not in (int, float) or not abs(float(str(value))) <= LARGEST_METRIC:
+            raise ReplyRefused(f"site '{site}': metric {name!r} is {str(value)[:40]}, need a finite number.")
+        metrics[name] = float(str(value))
+    if len(metrics) > MOST_METRICS:
+        raise ReplyRefused(f"site '{site}': got {len(metrics)} metrics, need at most {MOST_METRICS}.")
+    return metrics
+
+
+def _check_count(name: str, value: object, most: int, expected: Expected) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise _refuse(expected, f"{name} is {str(value)[:40]}, need a whole number from 1 to {most}.")
+
+
+def _tensors(content: RecordDict, expected: Expected) -> Flat:
+    arrays = {f"{role}/{rest}": a for role, record in content.array_records.items() for rest, a in record.items()}
+    sizes = expected.layout.sizes
+    if odd := sorted(arrays.keys() ^ sizes.keys()):
+        state = "missing" if odd[0] in sizes else "unexpected"
+        raise _refuse(expected, f"array {odd[0][:60]!r} is {state}; need exactly {sorted(sizes)}.")
+    flat = {}
+    for group, size in sizes.items():
+        _check_header(group, arrays[group], size, expected)
+        flat[group] = from_array(arrays[group])
+        if not _finite(flat[group]):
+            raise _refuse(
+                expected,
+                f"{_first_bad(group, flat[group], expected.layout)} has NaN or infinity. Lower training.optimizer.lr.",
+            )
+    return flat
+
+
+def _check_header(group: str, array: Array, size: int, expected: Expected) -> None:
+    dtype = group.rpartition("/")[2]
+    got = (array.stype, array.dtype, tuple(array.shape), len(array.data))
+    need = (RAW, dtype, (size,), size * np.dtype(dtype).itemsize)
+    if dtype not in DTYPES or got != need:
+        raise _refuse(expected, f"array {group!r} has (form, dtype, shape, bytes) = {str(got)[:120]}, need {need}.")
+
+
+def _finite(array: np.ndarray) -> bool:
+    # One pass without a temporary: any NaN or infinity survives the sum of squares; overflow is refused as well.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(np.dot(array, array)))
+
+
+def _first_bad(group: str, array: np.ndarray, layout: Layout) -> str:
+    for slot in layout.groups[group]:
+        if not _finite(array[slot.offset : slot.offset + slot.size]):
+            return f"'{slot.name}'"
+    return f"array '{group}'"
+
+
+def _check_moments(flat: Flat, expected: Expected) -> None:
+    """Counts are positive and no second moment is below the square of the first (Cauchy-Schwarz)."""
+    moments = {group: array for group, array in flat.items() if group.startswith("norm_moments/")}
+    tensors = Layout(tuple(s for s in expected.layout.slots if s.group in moments)).unpack(moments)
+    for name in (n.removesuffix(".count") for n in tensors if n.endswith(".count")):
+        count, total, square = (tensors[f"{name}.{kind}"] for kind in ("count", "sum", "square"))
+        if bool((count < 1).any()) or bool((square * count < total.square() * (1 - 1e-6)).any()):
+            raise _refuse(expected, f"the moments of '{name}' are of no data: count {float(count.min()):g}.")
+
+
+def _update_norm(flat: Flat, expected: Expected) -> float:
+    change = size = 0.0
+    for group in flat.keys() & expected.before.keys():
+        if group.startswith("parameter/"):
+            after, before = torch.from_numpy(flat[group]), torch.from_numpy(expected.before[group])
+            change += float(torch.dist(after, before)) ** 2
+            size += float(torch.linalg.vector_norm(before)) ** 2
+    norm, broadcast = math.sqrt(change), math.sqrt(size)
+    if norm > expected.max_update * broadcast:
+        raise _refuse(
+            expected,
+            f"its update has norm {norm:.3g}, more than rounds.max_update={expected.max_update:g} "
+            f"times the broadcast's {broadcast:.3g}.",
+        )
+    if expected.accepted and norm > expected.max_growth * float(np.median(expected.accepted)):
+        raise _refuse(
+            expected,
+            f"its update has norm {norm:.3g}, more than rounds.max_growth={expected.max_growth:g} "
+            f"times the median {float(np.median(expected.accepted)):.3g} so far.",
+        )
+    return norm

@@ -1,0 +1,98 @@
+"""The messages of a study, and their form as Flower records. The only file that knows the records' keys.
+
+Tensors travel as raw little-endian bytes, one array per group of the layout: no pickle, no header to parse, and reading
+is a view of the received bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from medfl.layout import Flat
+
+SITE_ERROR = 1000  # the code of an error reply is this plus the exit code of the error
+DESCRIBE, PRETRAIN, REFRESH, EVALUATE = "query.describe", "train.pretrain", "query.refresh", "evaluate.probe"
+RAW = "medfl.raw"  # the arrays' serialisation type
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a site; the reply must repeat `nonce`, so that an old reply never counts."""
+
+    study: str  # resolved YAML
+    lineage: str  # one per arm of a run; keys the site's own state
+    arm: str
+    phase: str
+    round: int  # from 1
+    rounds: int
+    steps: int
+    layout: str  # digest of the layout of the tensors sent along
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to site: an order and the tensors to work with."""
+
+    order: Order
+    flat: Flat = field(default_factory=dict)
+
+    def to_record(self) -> RecordDict:
+        return RecordDict({**_array_records(self.flat), "order": ConfigRecord(dict(vars(self.order)))})
+
+    @classmethod
+    def from_record(cls, record: RecordDict) -> "Broadcast":
+        order = record.config_records["order"]
+        kinds: dict[str, Any] = Order.__annotations__
+        return cls(Order(**{name: kind(order[name]) for name, kind in kinds.items()}), _flat(record))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Site to server: who it is, the request it answers, named numbers, and tensors if any were asked for."""
+
+    site: str
+    nonce: str
+    layout: str
+    metrics: Mapping[str, float | int]
+    flat: Flat = field(default_factory=dict)
+    facts: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+    def to_record(self) -> RecordDict:
+        identity = {"site": self.site, "nonce": self.nonce, "layout": self.layout, **self.facts}
+        return RecordDict(
+            {
+                **_array_records(self.flat),
+                "identity": ConfigRecord(identity),  # type: ignore[arg-type]
+                "metrics": MetricRecord(dict(self.metrics)),
+            }
+        )
+
+
+def _array_records(flat: Flat) -> dict[str, ArrayRecord]:
+    """One ArrayRecord per role; inside, one array per "owner/dtype"."""
+    found: dict[str, dict[str, Array]] = {}
+    for group, array in flat.items():
+        role, rest = group.split("/", 1)
+        found.setdefault(role, {})[rest] = to_array(array)
+    return {role: ArrayRecord(arrays) for role, arrays in found.items()}
+
+
+def _flat(record: RecordDict) -> Flat:
+    return {
+        f"{role}/{rest}": from_array(array)
+        for role, arrays in record.array_records.items()
+        for rest, array in arrays.items()
+    }
+
+
+def to_array(array: np.ndarray) -> Array:
+    return Array(str(array.dtype), array.shape, RAW, array.tobytes())
+
+
+def from_array(array: Array) -> np.ndarray:
+    """A read-only view of the received bytes."""
+    return np.frombuffer(array.data, dtype=array.dtype).reshape(array.shape)

@@ -1,0 +1,161 @@
+"""What every self-supervised method is: a module, a loss, and a claim on each of its own tensors."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Role(StrEnum):
+    """What a tensor is, and with it who may see it (the table of roles in the documentation)."""
+
+    PARAMETER = "parameter"
+    NORM_MOMENTS = "norm_moments"
+    CODEBOOK = "codebook"
+    TARGET = "target"
+    QUEUE = "queue"
+    LOCAL = "local"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A role and the group of sites that owns the tensor, e.g. "modality:t1ce"; "" is every site."""
+
+    role: Role
+    owner: str = ""
+
+
+class Method(nn.Module):
+    """A method defines `encoder`, `claims`, `labelled` and `forward`; the rest has a default.
+
+    Attributes:
+        phases: names of its phases, in order.
+        claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
+        labelled: True if `forward` needs labels (then batches are class-balanced); else labels are never read.
+        encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ("pretrain",)
+    claims: Mapping[str, Claim]
+    labelled: bool = False
+    encoder: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: tuple[str, ...] = ()
+
+    def forward(self, views: list[Tensor], progress: float, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss of augmented views, each (B, C, *S), at `progress` in [0, 1] of the whole schedule.
+
+        Returns scalars by name: "total" carries the gradient, all others are detached terms and monitors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(views, progress, labels).")
+
+    def after_step(self, progress: float) -> None:
+        """Called after each optimizer step: moving averages, queues."""
+
+    def observe(self, images: Tensor, progress: float) -> Tensor:
+        """Features (B, F), without gradient, after every batch norm of the method has seen `images`.
+
+        Used by the refresh pass, together with `Moments`. Labelled methods, and those whose `forward` changes
+        state of its own, override it.
+        """
+        with torch.no_grad():
+            self.forward([images, images], progress)
+            features: Tensor = self.encoder(images)
+        return features
+
+    def claim_of(self, name: str) -> Claim:
+        """The claim on a tensor of `state_dict()`.
+
+        Inside a trained component the running moments of batch norm become NORM_MOMENTS; its counter is LOCAL
+        everywhere but in a frozen module, because integer counters are never aggregated.
+
+        Raises:
+            ValueError: no prefix claims it.
+        """
+        prefixes = [prefix for prefix in self.claims if f"{name}.".startswith(f"{prefix}.")]
+        if not prefixes:
+            raise ValueError(
+                f"{type(self).__name__}: tensor {name!r} is claimed by no prefix of `claims` "
+                f"({', '.join(self.claims)}). Add its component with a Role."
+            )
+        claim = self.claims[max(prefixes, key=len)]
+        module, _, leaf = name.rpartition(".")
+        if claim.role is Role.FIXED or not isinstance(self.get_submodule(module), _BatchNorm):
+            return claim
+        if leaf == "num_batches_tracked":
+            return Claim(Role.LOCAL, claim.owner)
+        moments = leaf in ("running_mean", "running_var") and claim.role is Role.PARAMETER
+        return Claim(Role.NORM_MOMENTS, claim.owner) if moments else claim
+
+    def roles(self) -> dict[str, Claim]:
+        """The claim on every tensor of `state_dict()`, in its order."""
+        return {name: self.claim_of(name) for name in self.state_dict()}
+
+    def tensors(self, role: Role) -> dict[str, Tensor]:
+        """The tensors of one role by name; they share memory with the method."""
+        return {name: tensor for name, tensor in self.state_dict().items() if self.claim_of(name).role is role}
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def freeze(self, *modules: str) -> None:
+        """Fix submodules for good: no gradient, batch norm in eval mode, role FIXED. Needs `claims`."""
+        self.claims = {**self.claims, **{module: Claim(Role.FIXED) for module in modules}}
+        self.frozen = (*self.frozen, *modules)
+        for module in modules:
+            self.get_submodule(module).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Method":
+        """Training or evaluation mode; frozen submodules stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            self.get_submodule(module).eval()
+        return self
+
+
+def balanced_probabilities(labels: Tensor) -> Tensor:
+    """Sampling probabilities (N,) in float64 that give every present class the same mass (MedCSS, eq. 2).
+
+    Args:
+        labels: (N,) integers; negative means unknown and is never drawn.
+
+    Raises:
+        ValueError: no label is known.
+    """
+    known = labels >= 0
+    if not bool(known.any()):
+        raise ValueError(f"balanced_probabilities: none of {len(labels)} labels is known, need at least one >= 0.")
+    classes, inverse, counts = labels[known].unique(return_inverse=True, return_counts=True)
+    probabilities = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    probabilities[known] = 1 / (len(classes) * counts.double())[inverse]
+    return probabilities
+
+
+def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
+    """Run a loss outside autocast, with half-precision arguments as float32 (float64 stays)."""
+
+    @functools.wraps(loss)
+    def widened(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        with torch.autocast(device, enabled=False):
+            wide: Any = [_widen(value) for value in args]
+            return loss(*wide, **kwargs)
+
+    return widened
+
+
+def _widen(value: object) -> object:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half and isinstance(value, Tensor) else value

@@ -1,0 +1,175 @@
+"""Curves over the rounds, from the events of metrics.jsonl: losses, collapse monitors, pace."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medfl.report.figures import Panel, Series, curves, limits_of
+from medfl.report.tables import Run, ordered_sites
+
+GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
+POINTS = 1600  # of one panel; longer runs are drawn with every k-th round
+COLOURS = 8  # lines that can be told apart; with more sites they are all grey
+MONITORS = {  # name -> (heading, unit, how to read it)
+    "rankme": (
+        "RankMe",
+        "effective rank",
+        "Directions that the embeddings use. A fall towards 1 is a collapse.",
+    ),
+    "embedding_std": (
+        "Embedding spread",
+        "standard deviation",
+        "Over the images, mean of all coordinates. 0 means that every image looks the same.",
+    ),
+    "alignment": (
+        "Alignment",
+        "squared distance",
+        "Between two views of one image. Lower is closer; 0 together with no spread is a collapse.",
+    ),
+    "uniformity": (
+        "Uniformity",
+        "log potential",
+        "Of pairs of images. Lower is more evenly spread; 0 is a collapse.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure and its caption."""
+
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Figures of one quantity on one scale."""
+
+    heading: str
+    note: str
+    figures: tuple[Drawn, ...]
+
+
+def losses(run: Run) -> list[Gallery]:
+    """One gallery per loss term, `total` first; one figure per kind of arm."""
+    names = {name.removeprefix("loss/") for name, _, _ in run.lines if name.startswith("loss/")}
+    order = sorted(names, key=lambda name: (name != "total", name))
+    found = [_gallery(run, f"loss/{name}", f"Loss: {name.replace('_', ' ')}", "loss", "") for name in order]
+    return [gallery for gallery in found if gallery.figures]
+
+
+def monitors(run: Run) -> list[Gallery]:
+    """One gallery per collapse monitor that was recorded."""
+    found = [_gallery(run, f"monitor/{name}", *words) for name, words in MONITORS.items()]
+    return [gallery for gallery in found if gallery.figures]
+
+
+def pace(run: Run) -> list[Gallery]:
+    """Seconds per round, each site's weight in the average and the size of its update."""
+    arms = sorted({arm for name, arm, _ in run.lines if name == "round/seconds"}, key=_arm_order)
+    inks = {"federated": "accent", "central": "ink"}
+    rounds = tuple(
+        Series(arm.removeprefix("local:"), *line, inks.get(arm, "muted"), strong=arm == "federated")
+        for arm in arms
+        if (line := _line(run, "round/seconds", arm, ""))
+    )
+    panels = [
+        Panel("Whole round, by arm", "seconds", rounds),
+        Panel("Federated, time at each site", "seconds", _series(run, "site/seconds", "federated")),
+        Panel("Federated, weight in the average", "share", _series(run, "round/weight", "federated")),
+        Panel("Federated, size of the update", "L2 norm", _series(run, "round/update_norm", "federated")),
+    ]
+    drawn = tuple(_drawn(panel) for panel in panels if panel.series)
+    return [Gallery("Time, weight and size of the updates", "", drawn)] if drawn else []
+
+
+def collapse_words(run: Run) -> str:
+    """Whether the spread of the embeddings fell below a tenth of where it began, in any arm or site."""
+    lines = {
+        f"{arm} {site}".strip(): line
+        for name, arm, site in sorted(run.lines)
+        if name == "monitor/embedding_std" and (line := _line(run, name, arm, site))
+    }
+    if not lines:
+        return "The spread of the embeddings was not recorded, so a collapse cannot be ruled out here."
+    fallen = [name for name, (_, values) in lines.items() if not values[-1] >= 0.1 * values[0]]
+    if fallen:
+        names = ", ".join(fallen)
+        return f"Warning: the spread of the embeddings fell below a tenth of its first value: {names}."
+    return "In no arm and at no site did the spread of the embeddings fall below a tenth of its first value."
+
+
+def rounds_of(run: Run) -> dict[str, int]:
+    """Finished rounds of each arm in the pretrain stage."""
+    found: dict[str, int] = {}
+    for event in run.events:
+        if event.stage == "pretrain":
+            found[event.arm] = max(found.get(event.arm, 0), event.round)
+    return {arm: found[arm] for arm in sorted(found, key=_arm_order)}
+
+
+def _gallery(run: Run, name: str, heading: str, unit: str, note: str) -> Gallery:
+    groups = {title: lines for kind, title in GROUPS.items() if (lines := _series(run, name, kind))}
+    limits = limits_of(tuple(groups.values()))
+    skipped = max((_step(lines) for lines in groups.values()), default=1)
+    thin = f" At least every {skipped}th round is drawn." if skipped > 1 else ""
+    drawn = tuple(_drawn(Panel(title, unit, _thinned(lines), limits)) for title, lines in groups.items())
+    return Gallery(heading, f"{note}{thin}", drawn)
+
+
+def _drawn(panel: Panel) -> Drawn:
+    return Drawn(panel.title, curves(panel))
+
+
+def _series(run: Run, name: str, kind: str) -> tuple[Series, ...]:
+    """The lines of one kind of arm: the aggregate first, then its sites in their order.
+
+    An arm of one site has one line: the site's, or its aggregate where only that was written.
+    """
+    keys = {(arm, site) for known, arm, site in run.lines if known == name and arm.partition(":")[0] == kind}
+    order = ordered_sites(run)
+    few = len(order) <= COLOURS
+    inks = {site: f"s{index + 1}" if few else "muted" for index, site in enumerate(order)}
+    found = []
+    for arm, site in sorted(keys, key=lambda key: (key[0], order.index(key[1]) if key[1] in order else -1)):
+        owner = arm.partition(":")[2]
+        label = owner or site or ("all sites" if kind == "federated" else arm)
+        strong = label not in inks
+        line = _line(run, name, arm, site)
+        twice = kind != "federated" and not site and any(other == arm and known for other, known in keys)
+        if line and not twice:
+            found.append(Series(label, *line, "ink" if strong else inks[label], strong))
+    return tuple(found)
+
+
+def _line(run: Run, name: str, arm: str, site: str) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Rounds and values; None when there is no finite value."""
+    points = run.lines.get((name, arm, site), ())
+    if not any(math.isfinite(value) for _, value in points):
+        return None
+    return tuple(at for at, _ in points), tuple(value for _, value in points)
+
+
+def _step(lines: Sequence[Series]) -> int:
+    return math.ceil(sum(len(line.rounds) for line in lines) / POINTS)
+
+
+def _thinned(lines: Sequence[Series]) -> tuple[Series, ...]:
+    """Every k-th point, counted from the last one."""
+    step = _step(lines)
+    return tuple(
+        Series(
+            line.label,
+            line.rounds[::-1][::step][::-1],
+            line.values[::-1][::step][::-1],
+            line.ink,
+            line.strong,
+        )
+        for line in lines
+    )
+
+
+def _arm_order(arm: str) -> tuple[int, str]:
+    kind = arm.partition(":")[0]
+    return (list(GROUPS).index(kind) if kind in GROUPS else len(GROUPS), arm)

@@ -1,0 +1,157 @@
+"""One line of each file of the run folder, typed: what a cell may hold, and which lines cannot be used."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of metrics.jsonl. `site` is "" for the aggregate; `value` may be NaN (a diverged run)."""
+
+    time: str
+    stage: str
+    arm: str
+    round: int
+    site: str
+    name: str
+    value: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One line of evaluation.csv; `value` is None where it could not be computed."""
+
+    arm: str
+    site: str
+    task: str
+    protocol: str
+    label_fraction: float
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One line of transfer.csv: an encoder of one origin, tested at one site."""
+
+    trained_on: str
+    tested_on: str
+    kind: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """One line of wire.csv: a tensor or number that crossed a site's border; up = it left the site."""
+
+    round: int
+    site: str
+    direction: str
+    name: str
+    role: str
+    dtype: str
+    shape: str
+    bytes: int
+    arm: str
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One site of sites.json: images per split, and images per class of the training split."""
+
+    name: str
+    train: int
+    val: int
+    test: int
+    classes: Mapping[str, int]
+    profile: str
+    held_out: bool
+
+
+def event(line: str) -> Event:
+    """From one line of metrics.jsonl."""
+    node = json.loads(line)
+    value = node["value"]
+    return Event(
+        time=str(node.get("t", "")),
+        stage=str(node["stage"]),
+        arm=str(node.get("arm", "")),  # enrolment belongs to no arm
+        round=int(node["round"]),
+        site=str(node.get("site") or ""),
+        name=str(node["name"]),
+        value=math.nan if value is None else float(value),
+        reason=str(node.get("reason", "")),
+    )
+
+
+def score(row: Mapping[str, str]) -> Score:
+    """From one row of evaluation.csv."""
+    names = ("arm", "site", "task", "protocol")
+    arm, site, task, protocol = (_filled(row, name) for name in names)
+    return Score(arm, site, task, protocol, float(row["label_fraction"]), _filled(row, "metric"), *_estimate(row))
+
+
+def transfer(row: Mapping[str, str]) -> Transfer:
+    """From one row of transfer.csv."""
+    trained, tested, kind, metric = (_filled(row, n) for n in ("trained_on", "tested_on", "kind", "metric"))
+    return Transfer(trained, tested, kind, metric, *_estimate(row))
+
+
+def crossing(row: Mapping[str, str]) -> Crossing:
+    """From one row of wire.csv."""
+    if row["direction"] not in ("up", "down"):
+        raise ValueError(f"direction: got {row['direction']!r}, need up or down.")
+    return Crossing(
+        round=int(row["round"]),
+        site=row["site"],
+        direction=row["direction"],
+        name=_filled(row, "name"),
+        role=row["role"] or "",
+        dtype=row["dtype"] or "",
+        shape=row["shape"] or "",
+        bytes=int(row["bytes"]),
+        arm=row.get("arm") or "",
+        stage=row.get("stage") or "",
+    )
+
+
+def site(node: Mapping[str, Any]) -> Site:
+    """From one entry of sites.json."""
+    return Site(
+        name=str(node["name"]),
+        train=int(node["train"]),
+        val=int(node["val"]),
+        test=int(node["test"]),
+        classes={str(name): int(count) for name, count in (node.get("classes") or {}).items()},
+        profile=str(node.get("profile") or ""),
+        held_out=bool(node.get("held_out")),
+    )
+
+
+def _filled(row: Mapping[str, str], name: str) -> str:
+    """A cell that must not be empty: a row cut short by a running writer has None here."""
+    if not row[name]:
+        raise ValueError(f"{name} is empty.")
+    return row[name]
+
+
+def _estimate(row: Mapping[str, str]) -> tuple[float | None, float | None, float | None]:
+    return _number(row["value"]), _number(row["low"]), _number(row["high"])
+
+
+def _number(text: str | None) -> float | None:
+    """None for an empty or non-finite cell; a row cut short raises."""
+    if text is None:
+        raise ValueError("the row is cut short.")
+    value = float(text) if text.strip() else math.nan
+    return value if math.isfinite(value) else None

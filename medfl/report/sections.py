@@ -1,0 +1,233 @@
+"""The page's sections as plain values for the template: numbers formatted, absences as sentences."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medfl.report import panels, summary, wire
+from medfl.report.scores import NONE, TITLES, Section
+from medfl.report.summary import Comparison, Estimate, bounds
+from medfl.report.tables import FILES, Run, ordered_sites
+
+CALIBRATION = {
+    "site_id_accuracy": "Site recognised from raw intensities",
+    "accuracy": "Site recognised from raw intensities",
+    "chance": "Chance level of that",
+    "chance_level": "Chance level of that",
+    "label_total_variation": "Label total variation",
+    "effective_sites": "Effective number of sites",
+}
+
+
+LIMITS = {
+    "seed": "One run with one seed. The intervals cover the drawing of test patients only; another seed, "
+    "split or choice of sites can move the results by more.",
+    "drawn": "The images were drawn by a program. The results show that the system works, not that it helps patients.",
+    "simulated": "The sites are simulated from one data set. Real hospitals differ in more ways than these.",
+    "independent": "Intervals of means and differences treat the cells as independent. Arms share their test "
+    "patients, so the differences are known somewhat better than stated.",
+    "frozen": "The scores are of a frozen encoder with a small probe, trained on each site's own labels. "
+    "They are not the performance of a fine-tuned model.",
+    "central": "Central training is a reference, not a bound: federated training may pass it.",
+    "record": "What left each site is the program's own record. Updates can carry traces of the training "
+    "images; keeping them within allowed roles is no formal guarantee such as differential privacy.",
+    "research": "Research software: not for diagnosis or treatment.",
+}
+
+
+def study(run: Run, main: Comparison) -> Section:
+    """The card at the top: result, key figures, what was studied, how far it is, and alarms."""
+    tiles = [
+        {"title": TITLES[arm], "value": f"{known.value:.3f}", "interval": bounds(known), "arm": arm}
+        for arm in main.arms
+        if (known := main.mean(arm))
+    ]
+    said = wire.verdict(run)
+    collapse = panels.collapse_words(run)
+    return {
+        "sentence": summary.sentence(main),
+        "remarks": summary.remarks(main),
+        "tiles": tiles,
+        "metric": f"Mean {summary.name_of(main)}",
+        "facts": _facts(run) + _stages(run),
+        "alarms": [text for text in (said.text,) if said.state == "alarm"]
+        + [text for text in (collapse,) if text.startswith("Warning")],
+        "notes": [f"{name} is not there ({FILES[name]})." for name in run.missing] + list(run.problems),
+    }
+
+
+def sites(run: Run) -> Section:
+    """Images, classes and shift of each site."""
+    names = sorted({name for site in run.sites for name in site.classes}, key=_natural)
+    rows = [
+        {
+            "name": site.name,
+            "splits": [f"{count:,}" for count in (site.train, site.val, site.test)],
+            "profile": site.profile or NONE,
+            "held_out": site.held_out,
+            "shares": [(names.index(name), name, count) for name, count in _by_name(site.classes) if count],
+        }
+        for site in run.sites
+    ]
+    calibration = [(CALIBRATION.get(k, k.replace("_", " ")), _plain(v)) for k, v in run.calibration.items()]
+    return {"rows": rows, "classes": names, "calibration": calibration, "others": ordered_sites(run)}
+
+
+def crossed(run: Run) -> Section:
+    """What left each site and what reached it."""
+    said = wire.verdict(run)
+    found = wire.flows(run.crossings)
+    heights = Counter(flow.site for flow in found)
+    rows = [
+        {
+            "site": flow.site,
+            "height": 0 if index and found[index - 1].site == flow.site else heights[flow.site],
+            "direction": "left" if flow.direction == "up" else "arrived",
+            "up": flow.direction == "up",
+            "role": flow.role.replace("_", " ") or NONE,
+            "words": wire.WORDS.get(flow.role, ""),
+            "alarm": flow.direction == "up" and flow.role in wire.STAYS,
+            "names": flow.names,
+            "per_round": NONE if flow.per_round is None else wire.size(flow.per_round),
+            "total": wire.size(flow.bytes),
+        }
+        for index, flow in enumerate(found)
+    ]
+    return {
+        "state": said.state,
+        "text": said.text,
+        "rows": rows,
+        "metrics": wire.metrics_up(run.crossings),
+        "up": wire.size(sum(flow.bytes for flow in found if flow.direction == "up")),
+        "down": wire.size(sum(flow.bytes for flow in found if flow.direction == "down")),
+    }
+
+
+def refusals(run: Run) -> Section:
+    """Replies that did not count and other incidents, with reasons, and how many sites each round had."""
+    rows = [e for e in run.events if e.name == "refused" or e.reason]
+    counts = [
+        f"{value:.0f}"
+        for (name, arm, _), line in run.lines.items()
+        if (name, arm) == ("round/sites", "federated")
+        for _, value in line
+    ]
+    span = sorted(set(counts), key=int)
+    return {
+        "rows": [
+            (e.round, e.stage, e.arm or NONE, e.site or NONE, e.name, e.reason or "no reason recorded") for e in rows
+        ],
+        "rounds": len(counts),
+        "sites": " to ".join(span if len(span) < 2 else (span[0], span[-1])),
+    }
+
+
+def provenance(run: Run) -> Section:
+    """Versions, command, seed, hashes, and the resolved study."""
+    given = run.config.get("provenance")
+    times = sorted(e.time for e in run.events if e.time)
+    facts = [(str(k), _plain(v)) for k, v in given.items()] if isinstance(given, dict) else []
+    facts += [("seed", _plain(run.config["seed"]))] if "seed" in run.config else []
+    facts += [("first event", times[0]), ("last event", times[-1])] if times else []
+    return {"facts": facts, "encoder": _encoder(run), "hashes": dict(run.hashes), "config": run.config_text}
+
+
+def limits(run: Run, main: Comparison) -> list[str]:
+    """What the numbers on this page do not say."""
+    few = [site for site in main.compared if _wide(main.cells.get(("federated", site)))]
+    found = {
+        LIMITS["seed"]: True,
+        f"Few test images: the interval is wider than 0.2 at {', '.join(few)}.": bool(few),
+        LIMITS["drawn"]: "phantom" in str(_node(run, "data").get("_target_", "")),
+        LIMITS["simulated"]: bool(run.sites),
+    }
+    always = [text for name, text in LIMITS.items() if name not in ("seed", "drawn", "simulated")]
+    return [text for text, holds in found.items() if holds] + always
+
+
+def _encoder(run: Run) -> list[tuple[str, str]]:
+    listed = run.encoder.get("roles")
+    roles = [node for node in listed if isinstance(node, dict)] if isinstance(listed, list) else []
+    counted = Counter(str(node.get("role")).replace("_", " ") for node in roles)
+    facts = [("SHA-256", str(run.encoder["sha256"]))] if "sha256" in run.encoder else []
+    facts += [(name, _plain(run.encoder[name])) for name in ("architecture", "input") if name in run.encoder]
+    counts = ", ".join(f"{count} {role}" for role, count in counted.items())
+    return facts + [("tensors by role", counts)] * bool(roles)
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    rounds, training = _node(run, "rounds"), _node(run, "training")
+    unseen = sum(site.held_out for site in run.sites)
+    count = len(run.sites or ordered_sites(run)) - unseen
+    done = panels.rounds_of(run).get("federated", 0)
+    facts = {
+        "Method": _named(_node(run, "method"), ()),
+        "Encoder": _named(_node(run, "encoder"), ("layers", "blocks", "depth", "widths", "se_ratio")),
+        "Data": _data(_node(run, "data")),
+        "Sites": f"{count}" + f", and {unseen} unseen" * bool(unseen) if count else "",
+        "Split into sites": _named(_node(run, "sites"), ("kind", "alpha", "severity")),
+        "Federated rounds": f"{done} of {rounds['count']} done" if "count" in rounds else f"{done} done",
+        "Steps per site and round": _plain(training["steps"]) if "steps" in training else "",
+        "Images per step": _plain(training["batch_size"]) if "batch_size" in training else "",
+        "Seed": _plain(run.config["seed"]) if "seed" in run.config else "",
+    }
+    return [(name, text or "not recorded") for name, text in facts.items()]
+
+
+def _stages(run: Run) -> list[tuple[str, str]]:
+    """How far the run is, from the files alone."""
+    wanted = _node(run, "rounds").get("count")
+    done = panels.rounds_of(run)
+    behind = [arm for arm, count in done.items() if isinstance(wanted, int) and count < wanted]
+    state = f"not finished: {', '.join(behind)}" if behind else "done"
+    arms = dict.fromkeys(score.arm.partition(":")[0] for score in run.scores)
+    evaluated = ", ".join(TITLES.get(arm, arm).lower() for arm in arms)
+    return [
+        ("Pretraining", state if done else "no round yet"),
+        ("Evaluated", evaluated or "nothing yet"),
+        ("Transfer matrix", "done" if run.transfers else "not yet"),
+    ]
+
+
+def _data(node: Mapping[str, Any]) -> str:
+    """ "MedMNIST adrenalmnist3d, 3D, 1 channel, 28 pixels wide"."""
+    named = f"{_named(node, ())} {node.get('name') or ''}".strip()
+    parts = [named] if named else []
+    parts += [f"{node['spatial_dims']}D"] if "spatial_dims" in node else []
+    parts += [f"{node['channels']} channel{'s' * (node['channels'] != 1)}"] if "channels" in node else []
+    return ", ".join(parts + ([f"{node['size']} pixels wide"] if "size" in node else []))
+
+
+def _wide(cell: Estimate | None) -> bool:
+    return cell is not None and cell.low is not None and cell.high is not None and cell.high - cell.low > 0.2
+
+
+def _node(run: Run, name: str) -> Mapping[str, Any]:
+    node = run.config.get(name)
+    return node if isinstance(node, dict) else {}
+
+
+def _named(node: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    """The class that a node names, and those of its arguments that are shown."""
+    if not node:
+        return ""
+    values = [f"{name.replace('_', ' ')} {_plain(node[name])}" for name in arguments if node.get(name) is not None]
+    return ", ".join([str(node.get("_target_", "")).rpartition(".")[2], *values]).lstrip(", ")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{str(k).replace('_', ' ')} {_plain(v)}" for k, v in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _by_name(classes: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(classes.items(), key=lambda item: _natural(item[0]))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers inside names in the order of their size."""
+    return [(int(part or 0), text) for part, text in re.findall(r"(\d*)(\D*)", name)]

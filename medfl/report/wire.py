@@ -1,0 +1,111 @@
+"""What crossed the sites' borders, summed from wire.csv, and what may be said about it."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medfl.report.rows import Crossing
+from medfl.report.tables import Run
+
+STAYS = ("queue", "local", "fixed")  # roles that never leave a site
+TRAVELS = ("parameter", "norm_moments", "codebook", "target")
+METRIC = "metric"
+WORDS = {
+    "parameter": "weights",
+    "norm_moments": "sums for batch norm, over many images",
+    "codebook": "codebook counts and sums, over many images",
+    "target": "weights of the momentum copy",
+    "metric": "single numbers, named below",
+    "order": "the study and what to run",
+    "queue": "features of single patients",
+    "local": "must stay at the site",
+    "fixed": "never sent, only compared",
+}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """All of one role in one direction at one site."""
+
+    site: str
+    direction: str
+    role: str
+    names: int  # different tensors or metrics
+    per_round: float | None  # bytes of one round of pretraining
+    bytes: int  # of all stages
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`alarm`: something left that must stay; `open`: it cannot be said; `clear`: only allowed roles left."""
+
+    state: str
+    text: str
+
+
+def flows(crossings: Sequence[Crossing]) -> list[Flow]:
+    """Sums over the federated arm by site, direction (up first) and role, in the order of `WORDS`.
+
+    The arms that it is compared with cross no border: a simulation only sends them over the same carrier.
+    """
+    groups: dict[tuple[str, str, str], list[Crossing]] = {}
+    for row in crossings:
+        if row.arm in ("federated", ""):
+            groups.setdefault((row.site, row.direction, row.role), []).append(row)
+    rank = {role: place for place, role in enumerate(WORDS)}
+    order = sorted(groups, key=lambda key: (key[0], key[1] == "down", rank.get(key[2], len(rank)), key[2]))
+    return [_flow(*key, groups[key]) for key in order]
+
+
+def verdict(run: Run) -> Verdict:
+    """What the roles of the rows that went up allow to say; no claim on an absent or damaged record."""
+    if not run.crossings:
+        return Verdict("open", "There is no record of what left the sites, so nothing can be said about it.")
+    up = [row for row in run.crossings if row.direction == "up"]
+    if kept := [row for row in up if row.role in STAYS]:
+        listed = ", ".join(sorted({f"{row.name} ({row.role}, {row.site})" for row in kept})[:8])
+        return Verdict("alarm", f"Alarm: {len(kept)} times a tensor that must stay left its site: {listed}.")
+    if doubt := _doubt(run, up):
+        return Verdict("open", doubt)
+    present = {row.role for row in up}
+    roles = "; ".join(f"{words} ({role.replace('_', ' ')})" for role, words in WORDS.items() if role in present)
+    said = "By the roles recorded in wire.csv, no image, no patient id and no per-patient value left a site."
+    return Verdict("clear", f"{said} What left: {roles or 'nothing'}.")
+
+
+def metrics_up(crossings: Sequence[Crossing]) -> list[str]:
+    """Names of the single numbers that left a site."""
+    return sorted({row.name for row in crossings if row.direction == "up" and row.role == METRIC})
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: "11.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _doubt(run: Run, up: Sequence[Crossing]) -> str:
+    """Why nothing can be said about what left, or ""."""
+    if unknown := sorted({row.role or "(empty)" for row in up} - {*TRAVELS, METRIC}):
+        roles = ", ".join(unknown)
+        return f"Under a role that this report does not know, something left a site: {roles}. No claim is made."
+    if lists := sorted({row.name for row in up if row.role == METRIC and _elements(row.shape) > 1}):
+        names = ", ".join(lists)
+        return f"Metrics with more than one value left a site and may be of single patients: {names}."
+    damaged = [text for text in run.problems if text.startswith("wire.csv")]
+    return f"{damaged[0]} So no claim is made about what left the sites." if damaged else ""
+
+
+def _flow(site: str, direction: str, role: str, rows: Sequence[Crossing]) -> Flow:
+    training = [row for row in rows if row.stage == "pretrain"]
+    rounds = len({row.round for row in training})
+    per_round = sum(row.bytes for row in training) / rounds if rounds else None
+    return Flow(site, direction, role, len({row.name for row in rows}), per_round, sum(row.bytes for row in rows))
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(part) for part in re.findall(r"\d+", shape))

@@ -1,0 +1,80 @@
+"""Aggregation rules: pure functions `rule(values, weights) -> aggregate` over the sites' flat arrays, in site order.
+
+A rule keeps no state: momentum and adaptivity are the server optimizer's. Sums run in float64 in a fixed order, so that
+equal inputs give equal bits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfl.errors import ConfigError
+
+CHUNK = 1 << 16  # elements; the float64 accumulator then stays in cache
+
+
+def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Σ w_i x_i / Σ w_i (McMahan et al. 2017, algorithm 1); float64 inside, one rounding at the end."""
+    shares = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
+    if len(values) == 1:
+        return values[0].copy()
+    mean = np.empty_like(values[0])
+    out, parts = torch.from_numpy(mean), [torch.from_numpy(value) for value in values]
+    total = torch.empty(min(CHUNK, mean.size), dtype=torch.float64)
+    for start in range(0, mean.size, CHUNK):
+        place = slice(start, min(start + CHUNK, mean.size))
+        chunk = total[: place.stop - start].zero_()
+        for share, part in zip(shares, parts, strict=True):
+            chunk.add_(part[place], alpha=float(share))
+        out[place] = chunk
+    return mean
+
+
+def uniform_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """The mean in which every site counts once, whatever its volumes."""
+    return weighted_mean(values, [1.0] * len(weights))
+
+
+def trimmed_mean(values: Sequence[np.ndarray], weights: Sequence[float], *, trim: int) -> np.ndarray:  # noqa: ARG001
+    """Mean without the `trim` lowest and highest values of each coordinate (Yin et al. 2018, definition 2).
+
+    Every site has one vote. Withstands `trim` arbitrary updates.
+
+    Raises:
+        ConfigError: fewer than 2 * trim + 1 sites.
+    """
+    if len(values) <= 2 * trim:
+        raise ConfigError(
+            f"trimmed_mean: got {len(values)} sites, need {2 * trim + 1} to trim {trim} at each end. "
+            "Lower rule.trim or take rule=weighted_mean."
+        )
+    ordered = np.sort(np.stack(values), axis=0)[trim : len(values) - trim]
+    mean: np.ndarray = ordered.mean(axis=0, dtype=np.float64).astype(values[0].dtype)
+    return mean
+
+
+def site_weights(volumes: Sequence[int], max_share: float) -> list[float]:
+    """Shares of the sites: proportional to volumes, none above `max_share` (or above 1 / sites, where that is more).
+
+    What a capped site loses goes to the others in proportion, and is capped again if need be.
+    """
+    cap = max(max_share, 1 / len(volumes))
+    share = np.asarray(volumes, dtype=np.float64) / float(np.sum(volumes))
+    capped = np.zeros(len(volumes), dtype=bool)
+    while bool((over := ~capped & (share > cap * (1 + 1e-12))).any()):
+        capped |= over
+        rest = share[~capped].sum()
+        share[~capped] *= (1 - cap * capped.sum()) / rest if rest else 0.0
+        share[capped] = cap
+    return [float(value) for value in share]
+
+
+def pooled_moments(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance from sums over all sites: the law of total variance, in float64.
+
+    Averaging the sites' variances would lose the variance between them.
+    """
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0.0)

@@ -1,0 +1,170 @@
+"""The run folder: the one owner of its file names and formats. Tools, tests and users rely on them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from medfl.errors import ConfigError
+from medfl.files import room_for, write_bytes
+
+EVALUATION = ("arm", "site", "task", "protocol", "label_fraction", "metric", "value", "low", "high")
+TRANSFER = ("trained_on", "tested_on", "kind", "metric", "value", "low", "high")
+WIRE = ("round", "site", "direction", "name", "role", "dtype", "shape", "bytes", "arm", "stage")
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of metrics.jsonl. `site` is "" for a figure of the whole arm."""
+
+    stage: str
+    arm: str
+    round: int
+    site: str
+    name: str
+    value: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One line of evaluation.csv; an empty value could not be computed."""
+
+    arm: str
+    site: str
+    protocol: str
+    metric: str
+    value: str
+    low: str = ""
+    high: str = ""
+    task: str = "classification"
+    label_fraction: str = "1.0"
+
+
+class RunFolder:
+    """A run's files. Listeners see every event of this process as it is written (progress bars)."""
+
+    listeners: ClassVar[list[Callable[[Event], None]]] = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    @contextmanager
+    def watched(cls, listener: Callable[[Event], None]) -> Iterator[None]:
+        cls.listeners.append(listener)
+        try:
+            yield
+        finally:
+            cls.listeners.remove(listener)
+
+    @classmethod
+    def create(cls, path: Path, config: str, *, resume: bool) -> "RunFolder":
+        """Make the folder, or go on in one that the same study made.
+
+        Raises:
+            ConfigError: the folder exists and `resume` is false, or its study is another one.
+        """
+        file = path / "config.yaml"
+        if file.exists() and not resume:
+            raise ConfigError(f"{path} holds a run already. Add resume=true to go on with it, or run.dir=OTHER.")
+        if file.exists() and _study_part(file.read_text()) != _study_part(config):
+            raise ConfigError(
+                f"{path} holds another study than this command's. Repeat its own overrides, or run.dir=OTHER."
+            )
+        if not file.exists():
+            write_bytes(file, config.encode())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """A finished or interrupted run.
+
+        Raises:
+            ConfigError: no run is there.
+        """
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(
+                f"{path} is no run folder: it has no config.yaml. Give the folder that medfl simulate made."
+            )
+        return cls(path)
+
+    def config(self) -> str:
+        return _study_part((self.path / "config.yaml").read_text())
+
+    def arm(self, arm: str) -> Path:
+        """The folder of an arm; the federated one is the run itself."""
+        return self.path if arm == "federated" else self.path / "arms" / arm.replace(":", "-")
+
+    def write(self, events: Iterable[Event]) -> None:
+        events = list(events)
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        lines = [
+            json.dumps({"t": now} | {k: v for k, v in asdict(e).items() if v != "" or k == "site"}) for e in events
+        ]
+        self._append("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        for event in events:
+            for listener in self.listeners:
+                listener(event)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All complete lines; a last line that a crash cut short is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def wire(self, rows: Iterable[Row]) -> None:
+        self._append_rows("wire.csv", WIRE, rows)
+
+    def evaluated(self, rows: Iterable[Evaluated]) -> None:
+        self._append_rows("evaluation.csv", EVALUATION, [asdict(row) for row in rows])
+
+    def transfers(self, rows: Sequence[Row]) -> None:
+        write_bytes(self.path / "transfer.csv", _csv(TRANSFER, rows, header=True).encode())
+
+    def evaluations(self) -> list[dict[str, str]]:
+        file = self.path / "evaluation.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as lines:
+            return list(csv.DictReader(lines))
+
+    def forget_after(self, arm: str, round: int) -> None:  # noqa: A002
+        """Drop what was written of rounds that a resumed arm will repeat, and lines that a crash cut short."""
+        kept = [
+            e for e in self.events() if not (e.get("arm") == arm and e["stage"] == "pretrain" and e["round"] > round)
+        ]
+        if (file := self.path / "metrics.jsonl").exists():
+            write_bytes(file, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        if (file := self.path / "wire.csv").exists():
+            with file.open(newline="") as lines:
+                rows = [row for row in csv.DictReader(lines) if row["stage"]]
+            again = [r for r in rows if not (r["arm"] == arm and r["stage"] == "pretrain" and int(r["round"]) > round)]
+            write_bytes(file, _csv(WIRE, again, header=True).encode())
+
+    def _append_rows(self, name: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        self._append(name, _csv(columns, rows, header=not (self.path / name).exists()))
+
+    def _append(self, name: str, text: str) -> None:
+        with room_for(self.path / name), (self.path / name).open("a", newline="") as file:
+            file.write(text)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Row], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _study_part(config: str) -> str:
+    """config.yaml without its provenance, which names the command and time of the first start."""
+    return config.partition("\nprovenance:")[0].rstrip("\n") + "\n"

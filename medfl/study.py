@@ -1,0 +1,131 @@
+"""A study: one resolved configuration, typed. Everything below `config.py` sees these classes, never a DictConfig."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, get_args, get_origin
+
+from medfl.errors import ConfigError
+
+Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
+
+STAGES = ("pretrain", "evaluate", "transfer", "report")
+ARMS = ("random", "local", "federated", "central")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A typed part of the study; refuses unknown, missing and mistyped keys by name."""
+
+    @classmethod
+    def read(cls, node: Mapping[str, Any], at: str) -> Self:
+        wanted = {field.name: field.type for field in fields(cls)}
+        if strange := sorted(node.keys() - wanted.keys()):
+            raise ConfigError(f"{at}: got unknown key {strange[0]!r}, need only {', '.join(wanted)}. Remove it.")
+        if missing := sorted(wanted.keys() - node.keys()):
+            raise ConfigError(f"{at}: {missing[0]!r} is missing. Add it, as in configs/{at}/default.yaml.")
+        return cls(**{name: _typed(node[name], kind, f"{at}.{name}") for name, kind in wanted.items()})
+
+
+def _typed(value: Any, kind: Any, at: str) -> Any:
+    """`value` as `kind` (int passes for float); ConfigError otherwise."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{at}: got {value!r}, need a list such as [a, b].")
+        return tuple(_typed(item, get_args(kind)[0], at) for item in value)
+    base = get_origin(kind) or kind
+    if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
+        raise ConfigError(f"{at}: got {value!r} ({type(value).__name__}), need {base.__name__}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Training(Section):
+    """Local training: what one site does in one round."""
+
+    steps: int  # optimizer steps per round
+    batch_size: int  # volumes; each gives two views
+    optimizer: Node
+    warmup: float  # share of the whole schedule with a rising learning rate
+    optimizer_state: str  # reset | keep: its moments at the start of a round
+    precision: str  # auto | fp32 | bf16
+    channels_last: str  # auto (on CUDA only) | always | never
+    device: str  # auto | cpu | cuda
+    threads: int  # CPU threads per process; equal counts give equal bits
+
+
+@dataclass(frozen=True)
+class Rounds(Section):
+    """The federation: how many rounds, over which carrier, and when a round counts."""
+
+    count: int
+    carrier: str  # inprocess | ray
+    quorum: float  # least share of the enrolled sites that must give a usable update
+    deadline: float  # s, for one round
+    norm: str  # pooled | local_statistics | local
+    refresh_volumes: int  # volumes per site in the refresh pass
+    max_share: float  # largest weight of one site
+    max_update: float  # largest L2 norm of an update, in units of the broadcast's
+    max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Evaluation(Section):
+    """Frozen-encoder evaluation at every site."""
+
+    protocols: tuple[str, ...]  # linear | knn | classifier
+    regularization: tuple[float, ...]  # the linear probe's C, chosen on the validation split
+    neighbours: int
+    resamples: int  # of patients, for the 95 % intervals
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """All of a study. `source` is its YAML text: it travels to the sites and is parsed there again."""
+
+    seed: int
+    stages: tuple[str, ...]
+    arms: tuple[str, ...]
+    run_dir: str
+    state_dir: str
+    data: Node
+    sites: Node
+    views: Node
+    method: Node
+    rule: Node
+    server_optimizer: Node
+    training: Training
+    rounds: Rounds
+    evaluation: Evaluation
+    source: str
+
+    def __post_init__(self) -> None:
+        _choose("stages", self.stages, STAGES)
+        _choose("arms", self.arms, ARMS)
+        _choose("training.optimizer_state", [self.training.optimizer_state], ("reset", "keep"))
+        _choose("training.precision", [self.training.precision], ("auto", "fp32", "bf16"))
+        _choose("training.channels_last", [self.training.channels_last], ("auto", "always", "never"))
+        _choose("training.device", [self.training.device], ("auto", "cpu", "cuda"))
+        _choose("rounds.carrier", [self.rounds.carrier], ("inprocess", "ray"))
+        _choose("rounds.norm", [self.rounds.norm], ("pooled", "local_statistics", "local"))
+        _choose("evaluation.protocols", self.evaluation.protocols, ("linear", "knn", "classifier"))
+        for name, value in {
+            "training.steps": self.training.steps,
+            "training.batch_size": self.training.batch_size,
+            "training.threads": self.training.threads,
+            "rounds.count": self.rounds.count,
+            "rounds.keep_checkpoints": self.rounds.keep_checkpoints,
+        }.items():
+            if value < 1:
+                raise ConfigError(f"{name}: got {value}, need at least 1.")
+        if not 0 < self.rounds.quorum <= 1:
+            raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")
+
+
+def _choose(name: str, got: Any, allowed: tuple[str, ...]) -> None:
+    for value in got:
+        if value not in allowed:
+            raise ConfigError(f"{name}: got {value!r}, need one of {', '.join(allowed)}.")

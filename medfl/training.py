@@ -1,0 +1,144 @@
+"""The only training loop: one site, one round."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medfl import seeding
+from medfl.errors import DivergedError, ResourceError
+from medfl.methods.base import Method, balanced_probabilities
+from medfl.optimizers import learning_rate
+
+Views = Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in what precision to compute."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+
+    @classmethod
+    def choose(cls, device: str, precision: str, channels_last: str) -> "Device":
+        """Resolve `auto`.
+
+        Raises:
+            ResourceError: CUDA was asked for and there is none.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("training.device=cuda: this machine shows no CUDA device. Take training.device=auto.")
+        cuda = torch.cuda.is_available() and device != "cpu"
+        last = cuda if channels_last == "auto" else channels_last == "always"
+        bf16 = cuda if precision == "auto" else precision == "bf16"
+        return cls(torch.device("cuda" if cuda else "cpu"), bf16, last)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def memory_format(self, spatial_dims: int) -> torch.memory_format:
+        if not self.channels_last:
+            return torch.contiguous_format
+        return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train in this round."""
+
+    seed: int
+    site: str
+    round: int  # from 1
+    rounds: int
+    steps: int
+    batch_size: int
+    warmup: float
+
+    def progress(self, step: int) -> float:
+        """Position in the whole schedule at this step, in [0, 1]; equal at sites with different step counts."""
+        return (self.round - 1 + step / self.steps) / self.rounds
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data and views of one site."""
+
+    images: Tensor  # (N, C, *S) float32
+    labels: Tensor | None  # (N,) int64; never read by a method that is not `labelled`
+    views: Views
+
+    def batch(self, chosen: Tensor, key: int, where: Device, *, labelled: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Two views of the chosen images on the device, and their labels if the method reads labels."""
+        images = self.images[chosen.to(self.images.device)].to(where.device, non_blocking=True)
+        views = [
+            view.contiguous(memory_format=where.memory_format(view.ndim - 2)) for view in self.views(images, key=key)
+        ]
+        if not labelled or self.labels is None:
+            return views, None
+        return views, self.labels[chosen.to(self.labels.device)].to(where.device)
+
+
+def train_locally(
+    method: Method, task: Task, optimizer: torch.optim.Optimizer, plan: Plan, where: Device
+) -> dict[str, float]:
+    """Train `method` in place; returns the mean of each loss term over the steps.
+
+    Nothing is read back from the device before the last step.
+
+    Raises:
+        DivergedError: a loss was not finite.
+    """
+    method.train()
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    sums: dict[str, Tensor] = {}
+    for step, chosen in enumerate(indices(len(task.images), task.labels if method.labelled else None, plan)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(plan.progress(step + 1), peak=peak, warmup=plan.warmup)
+        key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
+        views, labels = task.batch(chosen, key, where, labelled=method.labelled)
+        with where.autocast():
+            losses = method(views, plan.progress(step), labels)
+        optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        optimizer.step()
+        method.after_step(plan.progress(step + 1))
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak
+    return _means(sums, plan)
+
+
+def _means(sums: dict[str, Tensor], plan: Plan) -> dict[str, float]:
+    means = {name: float(value) / plan.steps for name, value in sums.items()}
+    if bad := next((name for name, value in means.items() if not math.isfinite(value)), None):
+        raise DivergedError(
+            f"site '{plan.site}', round {plan.round}: loss '{bad}' is {means[bad]}. Lower training.optimizer.lr."
+        )
+    return means
+
+
+def indices(count: int, labels: Tensor | None, plan: Plan) -> Iterator[Tensor]:
+    """The batches of a round: passes without replacement that go on over rounds; class-balanced where labels are given.
+
+    A pure function of the plan, so a repeated round draws the same batches. A site with fewer images than a batch
+    uses all of them in every step.
+    """
+    size = min(plan.batch_size, count)
+    per_epoch = count // size
+    known = -1
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range((plan.round - 1) * plan.steps, plan.round * plan.steps):
+        if labels is not None:
+            draw = seeding.generator(plan.seed, "balanced", plan.site, step)
+            yield torch.multinomial(balanced_probabilities(labels), size, replacement=True, generator=draw)
+            continue
+        epoch, place = divmod(step, per_epoch)
+        if epoch != known:
+            order = torch.randperm(count, generator=seeding.generator(plan.seed, "order", plan.site, epoch))
+            known = epoch
+        yield order[place * size : (place + 1) * size]

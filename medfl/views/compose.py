@@ -1,0 +1,127 @@
+"""Two views of every image, drawn at once and made at once: a pure function of the images and a key."""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from medfl.errors import ConfigError
+from medfl.views import intensity as tones
+from medfl.views import spatial as places
+from medfl.views.intensity import Intensity
+from medfl.views.spatial import Spatial
+
+BACKENDS = ("auto", "torch", "kernel")
+COUNT = 2
+WORD = 1 << 32
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All random numbers of a batch; row v * B + i is view v of image i."""
+
+    maps: Tensor  # (2B, d, d + 1)
+    tone: Tensor  # (2B, 4)
+    taps: Tensor  # (2B, T)
+    salts: Tensor  # (2B, 2) int32
+
+
+class Views:
+    """Two augmented views of a batch, by one affine resampling and one intensity pass each.
+
+    What image i becomes depends on the key, its place i in the batch and itself alone: not on the batch's size or
+    its other images, nor on the device (up to rounding of the interpolation) or the number of threads.
+
+    Args:
+        spatial, intensity: what is drawn.
+        backend: "kernel" is the fused CPU code, "torch" works on every device; "auto" takes the kernel on the CPU.
+
+    Raises:
+        ConfigError: an unknown backend, or "kernel" where numba cannot be imported.
+    """
+
+    def __init__(self, *, spatial: Spatial, intensity: Intensity, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"views.backend: got {backend!r}, need one of {', '.join(BACKENDS)}.")
+        if backend == "kernel" and (reason := why_no_kernel()):
+            raise ConfigError(f"views.backend=kernel needs numba, which failed: {reason}. Install it or set auto.")
+        self.spatial, self.intensity, self.backend = spatial, intensity, backend
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, key: int) -> list[Tensor]:
+        """Two views, each (B, C, *S), of images (B, C, H, W) or (B, C, D, H, W), float32 on any device.
+
+        Raises:
+            ValueError: images of another type or shape.
+            ConfigError: the backend "kernel" and images that are not on the CPU.
+        """
+        if images.ndim not in (4, 5) or images.dtype != torch.float32 or min(images.shape[2:]) < 2:
+            raise ValueError(
+                f"views: got {images.dtype} {tuple(images.shape)}, need float32 (B, C, H, W) or (B, C, D, H, W) "
+                "with at least 2 voxels along each axis."
+            )
+        draw = self.draw(len(images), images.shape[2:], key=key)
+        make = self._kernel if self._compiles(images.device) else self._torch
+        return list(make(images.detach(), draw).view(COUNT, *images.shape).unbind(0))
+
+    def draw(self, count: int, size: torch.Size, *, key: int) -> Draw:
+        """The random numbers of `count` images on a grid of `size`, on the CPU: the same for every device."""
+        spatial, intensity = self.spatial.columns(len(size)), self.intensity.columns()
+        generator = torch.Generator().manual_seed(key)
+        # Image by image, so that a longer batch begins like a shorter one.
+        words = torch.randint(WORD, (count, COUNT, spatial + intensity + 2), generator=generator)
+        words = words.transpose(0, 1).flatten(0, 1)  # (2B, columns)
+        columns = iter(((words >> 8).float() / (WORD >> 8)).unbind(1))  # 24 bits: exact in float32, below 1
+        maps = self.spatial.draw(columns, size)
+        tone, taps = self.intensity.draw(columns)
+        return Draw(maps, tone, taps, (words[:, -2:] - WORD // 2).int().contiguous())
+
+    def _compiles(self, device: torch.device) -> bool:
+        """Whether the kernel makes these views."""
+        if self.backend == "kernel" and device.type != "cpu":
+            raise ConfigError(f"views.backend=kernel works on the CPU, got images on {device}. Set auto or torch.")
+        if self.backend == "auto" and device.type == "cpu":
+            return not warn_without_kernel()
+        return self.backend == "kernel"
+
+    def _kernel(self, images: Tensor, draw: Draw) -> Tensor:
+        from medfl.views import kernel
+
+        return kernel.render(
+            images,
+            draw.maps,
+            tone=draw.tone,
+            taps=draw.taps,
+            salts=draw.salts,
+            padding=self.spatial.padding,
+        )
+
+    def _torch(self, images: Tensor, draw: Draw) -> Tensor:
+        """The reference, and the code for accelerators: the host never waits for the device."""
+        maps, tone, taps, salts = (
+            x.to(images.device, non_blocking=True) for x in (draw.maps, draw.tone, draw.taps, draw.salts)
+        )
+        rows = images.repeat(COUNT, *[1] * (images.ndim - 1))
+        views = tones.blur(places.resample(rows, maps, padding=self.spatial.padding), taps)
+        return tones.adjust(views, tone, tones.noise(salts, views[0].numel()).view_as(views))
+
+
+@cache
+def why_no_kernel() -> str:
+    """Why the kernel cannot be imported; empty if it can."""
+    try:
+        from medfl.views import kernel  # noqa: F401
+    except (ImportError, OSError, RuntimeError, SystemError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@cache
+def warn_without_kernel() -> bool:
+    """Whether the kernel is missing, said once in the log."""
+    if reason := why_no_kernel():
+        log.warning("views.backend=auto: the CPU kernel is missing (%s); the slower torch backend is used.", reason)
+    return bool(reason)

@@ -1,0 +1,235 @@
+"""A made-up run folder: four hospitals, five rounds, every arm, a site without AUC, a refused reply."""
+
+import csv
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+SITES = ("site-1", "site-2", "site-3", "site-4")
+ROUNDS = 5
+ARMS = ("random", "local", "federated", "central")
+AUC = {"random": 0.68, "local": 0.74, "federated": 0.81, "central": 0.825}
+SHIFT = {"site-1": 0.02, "site-2": -0.03, "site-3": 0.0, "site-4": 0.04}
+EVALUATION = ("arm", "site", "task", "protocol", "label_fraction", "metric", "value", "low", "high")
+TRANSFER = ("trained_on", "tested_on", "kind", "metric", "value", "low", "high")
+WIRE = ("round", "site", "direction", "name", "role", "dtype", "shape", "bytes", "arm", "stage")
+TENSORS = {  # name -> (role, shape, elements)
+    "encoder.stem.weight": ("parameter", "16x1x3x3", 144),
+    "encoder.layer1.0.conv1.weight": ("parameter", "16x16x3x3", 2304),
+    "encoder.layer4.0.conv2.weight": ("parameter", "128x128x3x3", 147456),
+    "projector.0.weight": ("parameter", "256x128", 32768),
+    "encoder.layer1.0.bn1.sum": ("norm_moments", "16", 16),
+    "encoder.layer1.0.bn1.square": ("norm_moments", "16", 16),
+}
+CONFIG = {
+    "seed": 0,
+    "stages": ["pretrain", "evaluate", "transfer", "report"],
+    "arms": list(ARMS),
+    "data": {
+        "_target_": "medfl.data.phantom.Phantom",
+        "spatial_dims": 2,
+        "channels": 1,
+        "size": 28,
+        "count": 2400,
+    },
+    "sites": {"_target_": "medfl.data.sites.Sites", "count": 4, "alpha": 0.5, "severity": 3},
+    "views": {"_target_": "medfl.views.compose.Views"},
+    "encoder": {"_target_": "medfl.models.encoders.ResNet", "layers": [1, 1, 1, 1], "se_ratio": 16},
+    "method": {"_target_": "medfl.methods.medcss.MedCSS", "temperature": 0.2},
+    "training": {"steps": 40, "batch_size": 64},
+    "rounds": {"count": ROUNDS, "carrier": "inprocess", "norm": "pooled"},
+    "rule": {"_target_": "medfl.rules.weighted_mean"},
+    "server_optimizer": {"_target_": "medfl.optimizers.no_server_optimizer"},
+    "evaluation": {"protocols": ["linear", "knn"], "resamples": 1000},
+    "run": {"dir": "runs/medcss-phantom-hospital-seed0"},
+    "provenance": {
+        "medfl": "0.1.0",
+        "torch": "2.13.0",
+        "flwr": "1.41.0",
+        "python": "3.11.7",
+        "command": "medfl simulate sites=hospital",
+        "started": "2026-03-02T08:00:00+00:00",
+    },
+}
+
+
+def write_run(folder: Path, *, rename: Mapping[str, str] | None = None) -> Path:
+    """Write the folder.
+
+    Args:
+        rename: other names of sites, such as hostile ones.
+    """
+    names = {site: (rename or {}).get(site, site) for site in SITES}
+    draw = random.Random(7)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in _events(names, draw)))
+    write_table(folder / "evaluation.csv", EVALUATION, _scores(names))
+    write_table(folder / "transfer.csv", TRANSFER, _transfers(names))
+    write_table(folder / "wire.csv", WIRE, _crossings(names))
+    (folder / "sites.json").write_text(json.dumps(_sites(names)))
+    (folder / "encoder.json").write_text(json.dumps(_encoder()))
+    return folder
+
+
+def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _events(names: Mapping[str, str], draw: random.Random) -> Iterable[dict[str, object]]:
+    arms = {"federated": list(names.values()), "central": ["central"]}
+    arms |= {f"local:{name}": [name] for name in names.values()}
+    for arm, sites in arms.items():
+        for at in range(1, ROUNDS + 1):
+            common = {
+                "t": f"2026-03-02T08:{at:02d}:00.000+00:00",
+                "stage": "pretrain",
+                "arm": arm,
+                "round": at,
+            }
+            answered = [s for s in sites if not (arm == "federated" and at == 3 and s == names["site-2"])]
+            for site in answered:
+                for name, value in _measured(arm, SITES.index(_key(names, site)), at, draw).items():
+                    yield common | {"site": site, "name": name, "value": value}
+                yield common | {"site": site, "name": "round/weight", "value": 1 / len(answered)}
+            for name, value in _measured(arm, 1, at, draw).items():
+                if name.startswith(("loss/", "monitor/")):
+                    yield common | {"site": "", "name": name, "value": value}
+            yield common | {
+                "site": "",
+                "name": "round/seconds",
+                "value": 6.5 + draw.random() + 0.2 * len(sites),
+            }
+            yield common | {"site": "", "name": "round/sites", "value": float(len(answered))}
+    yield {"t": "2026-03-02T08:03:00.000+00:00", "stage": "pretrain", "arm": "federated", "round": 3,
+           "site": names["site-2"], "name": "refused", "value": 1.0,
+           "reason": f"site '{names['site-2']}': 'encoder.stem.weight' has NaN or infinity."}  # fmt: skip
+
+
+def _measured(arm: str, index: int, at: int, draw: random.Random) -> dict[str, float]:
+    better = {"federated": 0.3, "central": 0.45}.get(arm, 0.0)
+    contrast = 3.4 - better + 0.15 * index + 1.1 * math.exp(-0.6 * at) + 0.03 * draw.random()
+    alignment = 0.34 - 0.1 * better + 0.2 * math.exp(-0.5 * at) + 0.01 * index
+    return {
+        "loss/total": contrast + alignment,
+        "loss/contrast": contrast,
+        "loss/alignment": alignment,
+        "monitor/rankme": 18 + 20 * better + 3.1 * at - 1.5 * index + draw.random(),
+        "monitor/embedding_std": 0.052 + 0.004 * at - 0.002 * index,
+        "monitor/alignment": 0.4 + 0.3 * math.exp(-0.4 * at) + 0.02 * index,
+        "monitor/uniformity": -1.8 - 0.2 * at + 0.06 * index,
+        "site/seconds": 1.4 + 0.2 * index + 0.1 * draw.random(),
+        "site/volumes": 600.0 - 100 * index,
+        "site/steps": 40.0,
+        "round/update_norm": 4.0 / math.sqrt(at) + 0.2 * index,
+    }
+
+
+def auc(origin: str, site: str) -> float | None:
+    """Of the encoder of `origin` (an arm or a site) at `site`; None at site-4: one class in its test split."""
+    if site == "site-4":
+        return None
+    level = AUC.get(origin) or (AUC["local"] if origin == site else AUC["local"] - 0.03)
+    return level + SHIFT[site] + 0.02 * random.Random(f"{origin} {site}").random()
+
+
+def _scores(names: Mapping[str, str]) -> Iterable[tuple[object, ...]]:
+    """Every arm at every site; what cannot be computed is empty (AUC) or absent (balanced accuracy)."""
+    for kind in ARMS:
+        for key, site in names.items():
+            arm = f"local:{site}" if kind == "local" else kind
+            area = auc(key if kind == "local" else kind, key)
+            level = AUC[kind] - 0.12
+            rows: dict[tuple[str, str], tuple[float, ...]] = {
+                ("linear", "auc"): () if area is None else (area, area - 0.041, area + 0.037),
+                ("linear", "accuracy"): (level, level - 0.05, level + 0.04),
+                ("linear", "constant_accuracy"): (0.58 if key != "site-3" else 0.7,),
+                ("linear", "n_test"): (120 - 20 * SITES.index(key),),
+            }
+            if area is not None:
+                rows["linear", "balanced_accuracy"] = (area - 0.14, area - 0.2, area - 0.09)
+            if kind != "random" and area is not None:
+                rows["knn", "auc"] = (area - 0.02, area - 0.07, area + 0.03)
+            for (protocol, metric), cell in rows.items():
+                yield (arm, site, "classification", protocol, "1.0", metric, *_cells(cell))
+
+
+def _transfers(names: Mapping[str, str]) -> Iterable[tuple[object, ...]]:
+    for origin in (*SITES, "federated", "central", "random"):
+        for key, site in names.items():
+            area = auc(origin, key)
+            cell = () if area is None else (area, area - 0.041, area + 0.037)
+            yield (names.get(origin, origin), site, "representation", "auc", *_cells(cell))
+
+
+def _cells(numbers: tuple[float, ...]) -> list[str]:
+    return [f"{number:.6g}" for number in numbers] + [""] * (3 - len(numbers))
+
+
+def _crossings(names: Mapping[str, str]) -> Iterable[tuple[object, ...]]:
+    for at in range(1, ROUNDS + 1):
+        for site in names.values():
+            for name, (role, shape, elements) in TENSORS.items():
+                dtype, width = ("float64", 8) if role == "norm_moments" else ("float32", 4)
+                for direction in ("down", "up"):
+                    yield (
+                        at,
+                        site,
+                        direction,
+                        name,
+                        role,
+                        dtype,
+                        shape,
+                        elements * width,
+                        "federated",
+                        "pretrain",
+                    )
+            yield (at, site, "down", "study", "order", "text", "2100", 2100, "federated", "pretrain")
+            for name in ("loss/total", "loss/contrast", "monitor/rankme", "site/volumes"):
+                yield (at, site, "up", name, "metric", "float64", "1", 8, "federated", "pretrain")
+    for site in names.values():
+        yield (ROUNDS, site, "up", "linear/auc", "metric", "float64", "1", 8, "federated", "probe")
+        yield (ROUNDS, site, "up", "linear/auc", "metric", "float64", "1", 8, "central", "probe")
+
+
+def _sites(names: Mapping[str, str]) -> dict[str, object]:
+    classes = (
+        {"normal": 300, "lesion": 120},
+        {"normal": 90, "lesion": 260},
+        {"normal": 200, "lesion": 60},
+        {"normal": 130},
+    )
+    profiles = ("reference", "contrast", "noisy, low dose", "soft kernel")
+    sites = [
+        {"name": name, "train": sum(mix.values()), "val": 40, "test": 120 - 20 * i, "classes": mix,
+         "profile": profile, "held_out": False}
+        for i, (name, mix, profile) in enumerate(zip(names.values(), classes, profiles, strict=True))
+    ]  # fmt: skip
+    calibration = {
+        "site_id_accuracy": 0.871,
+        "chance": 0.25,
+        "label_total_variation": 0.31,
+        "effective_sites": 3.42,
+    }
+    return {"sites": sites, "calibration": calibration}
+
+
+def _encoder() -> dict[str, object]:
+    return {
+        "architecture": {"name": "ResNet", "layers": [1, 1, 1, 1], "width": 128},
+        "input": {"spatial_dims": 2, "channels": 1, "size": 28},
+        "roles": [{"name": n, "role": role, "shape": shape} for n, (role, shape, _) in TENSORS.items()],
+        "provenance": {"medfl": "0.1.0"},
+        "sha256": "9f2c" * 16,
+    }
+
+
+def _key(names: Mapping[str, str], site: str) -> str:
+    return next((key for key, name in names.items() if name == site), "site-1")

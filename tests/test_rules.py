@@ -1,0 +1,84 @@
+"""Aggregation rules against plain references, and their invariants."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medfl.errors import ConfigError
+from medfl.rules import pooled_moments, site_weights, trimmed_mean, uniform_mean, weighted_mean
+
+VOLUMES = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
+
+
+def arrays(count: int, size: int = 70_000) -> list[np.ndarray]:
+    return [np.random.default_rng(i).normal(size=size).astype(np.float32) for i in range(count)]
+
+
+def test_weighted_mean_is_the_float64_sum_rounded_once() -> None:
+    values, weights = arrays(5), [3.0, 1.0, 10.0, 0.5, 7.0]
+    exact = sum(w * v.astype(np.float64) for w, v in zip(weights, values, strict=True)) / sum(weights)
+    np.testing.assert_allclose(weighted_mean(values, weights), exact, rtol=1e-7, atol=1e-12)
+
+
+@given(st.integers(2, 8), st.integers(1, 10**6))
+def test_equal_values_stay_bit_equal_whatever_the_weights(count: int, seed: int) -> None:
+    value = np.random.default_rng(seed).normal(size=50).astype(np.float32)
+    weights = np.random.default_rng(seed + 1).integers(1, 10**6, count).astype(float).tolist()
+    np.testing.assert_array_equal(weighted_mean([value] * count, weights), value)
+
+
+def test_one_site_keeps_its_bits_and_gets_its_own_copy() -> None:
+    value = arrays(1)[0]
+    mean = weighted_mean([value], [17.0])
+    np.testing.assert_array_equal(mean, value)
+    assert not np.shares_memory(mean, value)
+
+
+def test_uniform_mean_ignores_volumes() -> None:
+    values = arrays(3, 10)
+    np.testing.assert_array_equal(uniform_mean(values, [1, 100, 10**6]), uniform_mean(values, [1, 1, 1]))
+
+
+@given(st.permutations([1.0, 2.0, 3.0, 1e9, -1e9]))
+def test_trimmed_mean_ignores_outliers_in_any_order(values: list[float]) -> None:
+    votes = [np.full(4, value, np.float32) for value in values]
+    np.testing.assert_array_equal(trimmed_mean(votes, [1.0] * 5, trim=1), np.full(4, 2.0))
+
+
+def test_trimmed_mean_needs_enough_sites() -> None:
+    with pytest.raises(ConfigError, match="got 2 sites, need 3"):
+        trimmed_mean(arrays(2, 4), [1.0, 1.0], trim=1)
+
+
+@given(VOLUMES, st.floats(0.05, 1.0))
+def test_shares_sum_to_one_and_respect_the_cap(volumes: list[int], cap: float) -> None:
+    shares = site_weights(volumes, cap)
+    assert sum(shares) == pytest.approx(1.0)
+    assert max(shares) <= max(cap, 1 / len(volumes)) + 1e-9
+    order = np.argsort(volumes, kind="stable")
+    assert (np.diff(np.asarray(shares)[order]) >= -1e-9).all()  # more volumes never weigh less
+
+
+def test_uncapped_shares_are_proportional() -> None:
+    assert site_weights([100, 300, 400], 1.0) == pytest.approx([0.125, 0.375, 0.5])
+
+
+def test_pooled_moments_are_those_of_the_pooled_data() -> None:
+    sites = [torch.randn(n, 6, dtype=torch.float64) * (1 + i) + 3 * i for i, n in enumerate((40, 7, 111))]
+    sums = [torch.stack([s.new_full((6,), len(s)), s.sum(0), s.square().sum(0)]) for s in sites]
+    mean, variance = pooled_moments(*sum(sums[1:], sums[0]))
+    whole = torch.cat(sites)
+    torch.testing.assert_close(mean, whole.mean(0))
+    torch.testing.assert_close(variance, whole.var(0, unbiased=False))
+
+
+def test_constant_sites_of_different_means_have_between_site_variance() -> None:
+    count, total, square = (
+        torch.tensor([20.0]),
+        torch.tensor([10 * 1.0 + 10 * 3.0]),
+        torch.tensor([10 * 1.0 + 10 * 9.0]),
+    )
+    mean, variance = pooled_moments(count, total, square)
+    assert (mean.item(), variance.item()) == pytest.approx((2.0, 1.0))

@@ -23,7 +23,7 @@ Flat = dict[str, np.ndarray]  # group -> (n,) array
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MOMENTS = ("count", "sum", "square")
 # Received arrays are views of the message's bytes: read, copied from, never written.
-warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable")
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ PARAMETER, MOMENTS = "parameter/all/float32", "norm_moments/all/float64"
 
 
 def honest(site: str = "a") -> Answer:
-    flat = {PARAMETER: BEFORE[PARAMETER] + np.float32(0.1), MOMENTS: np.repeat([8.0, 2.0, 9.0], 4)}
+    flat = {PARAMETER: BEFORE[PARAMETER] + np.float32(0.1), MOMENTS: np.repeat([8.0, 9.0, 2.0], 4)}
     metrics = {"site/volumes": 32, "site/steps": 5, "loss/total": 1.0}
     return Answer(site, "nonce-7", LAYOUT.digest, metrics, flat)
 
@@ -134,7 +134,7 @@ MALFORMED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "a flood of metrics": (lambda c: c.metric_records["metrics"].update({f"loss/{i}": 1.0 for i in range(300)}),
                            "at most 200"),
     "moments of no image": (with_array(lambda a: a * 0, MOMENTS), "moments of 'encoder.norm'"),
-    "impossible moments": (with_array(at(4, 1e3), MOMENTS), "moments of 'encoder.norm'"),
+    "impossible moments": (with_array(at(8, 1e3), MOMENTS), "moments of 'encoder.norm'"),
 }  # fmt: skip
 
 
@@ -182,7 +182,3 @@ def test_random_bytes_never_pass_nor_crash(data: bytes, role: str) -> None:
         with pytest.raises(ReplyRefused, match="shape, bytes"):
             admit(reply(content), expected())
 
-
-def test_metric_records_refuse_text_already_in_flower() -> None:
-    with pytest.raises(TypeError, match="Value"):
-        MetricRecord({"loss/total": "1.0"})  # type: ignore[dict-item]

@@ -28,9 +28,7 @@ class Minima:
     per_class: int
 
 
-def shares(
-    totals: Sequence[int], wanted: NDArray[np.float64], alpha: float | None, seed: int
-) -> NDArray[np.float64]:
+def shares(totals: Sequence[int], wanted: NDArray[np.float64], alpha: float | None, seed: int) -> NDArray[np.float64]:
     """Share of each class that each site gets, (classes, sites), rows summing to 1.
 
     The Dirichlet draw fixes the odds of the classes between sites; proportional fitting then gives every
@@ -43,8 +41,8 @@ def shares(
     """
     rng = np.random.default_rng(key(seed, "label"))
     sites = len(wanted)
-    table = np.ones((len(totals), sites)) if alpha is None else rng.dirichlet([alpha] * sites,
-    size=len(totals)) table = (table + LEAST_SHARE) * wanted
+    table = np.ones((len(totals), sites)) if alpha is None else rng.dirichlet([alpha] * sites, size=len(totals))
+    table = (table + LEAST_SHARE) * wanted
     rows, columns = np.maximum(totals, 1e-9)[:, None], wanted / wanted.sum() * max(sum(totals), 1)
     for _ in range(FITTING_STEPS):
         table *= rows / table.sum(axis=1, keepdims=True)
@@ -106,11 +104,8 @@ def _raise_to(counts: NDArray[np.int64], floor: int) -> None:
         counts[counts.argmin()] += 1
 
 
-def _fill(split: str, held: Mapping[Cell, list[list[str]]], weights: Mapping[str, int], minima: Minima) ->
-    None: """Move patients of one split from the largest site to the smallest until it has `minima.images`,
-        if it
-    can.
-    """
+def _fill(split: str, held: Mapping[Cell, list[list[str]]], weights: Mapping[str, int], minima: Minima) -> None:
+    """Move patients of one split from the largest site to the smallest until it has `minima.images`, if it can."""
     mine = {cell: lists for cell, lists in held.items() if cell[0] == split}
     if not mine:
         return

@@ -76,15 +76,15 @@ def _site_accuracy(members: Sequence[SiteData], seed: int) -> float:
         return 1.0
     features, target, groups = _table(members, seed)
     patients = [len(set(groups[target == site].tolist())) for site in range(len(members))]
-    folds = StratifiedGroupKFold(max(2, min(FOLDS, *patients)), shuffle=True, random_state=key(seed, "folds")
-    % 2**32) probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced",
-    max_iter=2000)) guess = cross_val_predict(probe, features, target, groups=groups, cv=folds)
+    folds = StratifiedGroupKFold(max(2, min(FOLDS, *patients)), shuffle=True, random_state=key(seed, "folds") % 2**32)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+    guess = cross_val_predict(probe, features, target, groups=groups, cv=folds)
     return float(balanced_accuracy_score(target, guess))
 
 
-def _table(members: Sequence[SiteData], seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64],
-    NDArray[np.str_]]: """Features (M, K), site index (M,) and patient (M,) of up to PER_SITE images of each
-    site.""" features, target, groups = [], [], []
+def _table(members: Sequence[SiteData], seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.str_]]:
+    """Features (M, K), site index (M,) and patient (M,) of up to PER_SITE images of each site."""
+    features, target, groups = [], [], []
     for index, site in enumerate(members):
         rows = torch.randperm(len(site.train), generator=generator(seed, "calibration", site.name))[:PER_SITE]
         features.append(statistics(site.train.images[rows]))

@@ -152,8 +152,8 @@ class Folder:
                 most = f"{self.max_unreadable * len(rows):.0f}"
                 limit = f"data.max_unreadable={self.max_unreadable:g} allows {most}"
                 raise DataError(f"{self._root}: {count}, {limit}. The first: {refused[0]}")
-            logging.getLogger(__name__).warning("%s: %s and were skipped. The first: %s", self._root, count,
-        refused[0]) return kept, torch.stack(images), spacings
+            logging.getLogger(__name__).warning("%s: %s and were skipped. The first: %s", self._root, count, refused[0])
+        return kept, torch.stack(images), spacings
 
     def _scan(self, name: str) -> tuple[Tensor, tuple[float, ...]]:
         if not name:
@@ -173,10 +173,10 @@ class Folder:
         grid = tuple(step * mm for step, mm in zip(steps, spacing, strict=True))
         return volume.to_grid(image, self.size, steps).clamp(-1, 1), grid
 
-    def _column(self, rows: list[Row], column: str | None, or_else: Callable[[Row], str] | None) ->
-        tuple[str, ...]: """The values of a column; an empty one is taken from `or_else`, or refused when
-        that is None.""" values = [(row[column] if column else "") or (or_else(row) if or_else else "") for
-        row in rows] if empty := sum(not value for value in values):
+    def _column(self, rows: list[Row], column: str | None, or_else: Callable[[Row], str] | None) -> tuple[str, ...]:
+        """The values of a column; an empty one is taken from `or_else`, or refused when that is None."""
+        values = [(row[column] if column else "") or (or_else(row) if or_else else "") for row in rows]
+        if empty := sum(not value for value in values):
             raise DataError(f"{self.datalist}: column {column!r} is empty in {empty} of {len(rows)} rows. Fill it.")
         return tuple(values)
 
@@ -198,8 +198,8 @@ def read_labels(cells: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
     numbers = [_whole(cell) for cell in cells if cell]
     as_numbers = all(number is not None for number in numbers)
     names = [str(_whole(cell)) if as_numbers and cell else cell for cell in cells]
-    classes = sorted({name for name in names if name}, key=lambda name: (int(name) if as_numbers else 0,
-    name)) if not classes:
+    classes = sorted({name for name in names if name}, key=lambda name: (int(name) if as_numbers else 0, name))
+    if not classes:
         return torch.full((len(cells),), -1), ()
     if len(classes) == 1:
         raise DataError(f"data.label: every label is {classes[0]!r}, need two classes or more. Or set data.label=null.")

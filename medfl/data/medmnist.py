@@ -220,5 +220,5 @@ def _pair(arrays: Mapping[str, NDArray[Any]], split: str, path: Path) -> tuple[N
         raise DataError(f"{path}: got {len(images)} {split} images and labels {labels.shape}. Fetch it again.")
     constant = int((images.reshape(len(images), -1) == images.reshape(len(images), -1)[:, :1]).all(1).sum())
     if constant:
-        warnings.warn(f"{path}: {constant} {split} images are constant; the copy may be damaged.",
-    stacklevel=2) return images, labels
+        warnings.warn(f"{path}: {constant} {split} images are constant; the copy may be damaged.", stacklevel=2)
+    return images, labels

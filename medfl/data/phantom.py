@@ -104,10 +104,10 @@ class Phantom:
         for rows in torch.split(torch.arange(self.count), step):
             people_of = {name: value[owner[rows]] for name, value in body.items()}
             pose = {name: value[rows] for name, value in scan.items()}
-            grey, mask = _draw(points, people_of, pose, kinds[rows], contrast=self.contrast,
-            sharpness=self.size) noise = torch.randn(len(rows), self.channels, grey.shape[-1], generator=rng)
-            * self.noise tint = 1 + (0.3 * pose["tint"][:, : self.channels, None] if self.channels > 1 else
-            0.0) images.append((((grey[:, None] * tint + noise).clamp(0, 1)) * 2 - 1).float())
+            grey, mask = _draw(points, people_of, pose, kinds[rows], contrast=self.contrast, sharpness=self.size)
+            noise = torch.randn(len(rows), self.channels, grey.shape[-1], generator=rng) * self.noise
+            tint = 1 + (0.3 * pose["tint"][:, : self.channels, None] if self.channels > 1 else 0.0)
+            images.append((((grey[:, None] * tint + noise).clamp(0, 1)) * 2 - 1).float())
             masks.append(mask.to(torch.uint8))
         return torch.cat(images), torch.cat(masks)
 
@@ -171,8 +171,8 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Grey values in about [0, 1] and the lesion mask, both (n, P), of n scans on P points (d, P)."""
     centred = points[None] - scan["shift"][..., None]
-    at = torch.bmm(scan["rotation"], centred) / scan["scale"][:, None, None]  # (n, d, P): the patient's own
-    axes inside = _ellipsoid(at, torch.zeros_like(body["body"]), body["body"], sharpness)
+    at = torch.bmm(scan["rotation"], centred) / scan["scale"][:, None, None]  # (n, d, P): the patient's own axes
+    inside = _ellipsoid(at, torch.zeros_like(body["body"]), body["body"], sharpness)
     grey = body["tissue"][:, None] + scan["texture"][:, None] * _ripples(at, scan["waves"], scan["phases"])
     for organ in range(ORGANS):
         where = _ellipsoid(at, body["organ_at"][:, organ], body["organ_radii"][:, organ], sharpness)

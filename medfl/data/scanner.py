@@ -187,8 +187,8 @@ def _resolve(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
             matrix = resampler(slices, length, 1 / thick) @ resampler(length, slices, thick) @ matrix
         if s.ghost and along:
             weight = (s.ghost * vary[:, 5]).clamp_max(0.45)[:, None, None]
-            matrix = ((1 - weight) * torch.eye(length) + weight * torch.eye(length).roll(length // 3, 0)) @
-        matrix if not torch.equal(matrix, torch.eye(length)[None]):
+            matrix = ((1 - weight) * torch.eye(length) + weight * torch.eye(length).roll(length // 3, 0)) @ matrix
+        if not torch.equal(matrix, torch.eye(length)[None]):
             lines = grey.movedim(axis + 2, -1)
             moved = lines.flatten(1, -2) @ matrix.transpose(1, 2)  # (n, C * rest, length)
             grey = moved.view(lines.shape).movedim(-1, axis + 2)

@@ -88,8 +88,8 @@ class Sites:
         for row, (place, split) in enumerate(zip(places, splits, strict=True)):
             rows[place][split].append(row)
         names = sorted(rows) if self.natural else [f"site-{n + 1}" for n in range(self._all_sites)]
-        self._check_sizes({name: {split: len(found) for split, found in rows[name].items()} for name in
-        names}) return tuple(self._site(records, name, rows[name], samples, seed) for name in names)
+        self._check_sizes({name: {split: len(found) for split, found in rows[name].items()} for name in names})
+        return tuple(self._site(records, name, rows[name], samples, seed) for name in names)
 
     @property
     def _all_sites(self) -> int:
@@ -103,8 +103,8 @@ class Sites:
             raise ConfigError(f"sites.held_out: got {self.held_out!r}, need one of {', '.join(known)}, or null.")
         return records.sites
 
-    def _simulated(self, records: Records, labels: dict[str, int], splits: Sequence[str], seed: int) ->
-        Sequence[str]: count, images = self._all_sites, Counter(records.patients)
+    def _simulated(self, records: Records, labels: dict[str, int], splits: Sequence[str], seed: int) -> Sequence[str]:
+        count, images = self._all_sites, Counter(records.patients)
         train = sum(split == "train" for split in splits)
         if train < count * self.min_images or len(images) < 3 * count:
             raise DataError(
@@ -157,8 +157,8 @@ class Sites:
             keys = [samples[row] for row in rows[which]]
             return with_images(
                 part,
-                scanner.scan(part.images, profile, self.severity, site=key(seed, "scanner", name),
-            samples=keys), )
+                scanner.scan(part.images, profile, self.severity, site=key(seed, "scanner", name), samples=keys),
+            )
 
         return SiteData(
             name=name,

@@ -40,7 +40,7 @@ class Method(nn.Module):
     Attributes:
         phases: names of its phases, in order.
         claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
-        labelled: True if `forward` needs labels (then batches are class-balanced); else labels are never read.
+        labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
     """
 
@@ -137,7 +137,7 @@ def balanced_probabilities(labels: Tensor) -> Tensor:
     known = labels >= 0
     if not bool(known.any()):
         raise ValueError(f"balanced_probabilities: none of {len(labels)} labels is known, need at least one >= 0.")
-    classes, inverse, counts = labels[known].unique(return_inverse=True, return_counts=True)
+    classes, inverse, counts = torch.unique(labels[known], return_inverse=True, return_counts=True)
     probabilities = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     probabilities[known] = 1 / (len(classes) * counts.double())[inverse]
     return probabilities

@@ -1,10 +1,9 @@
-"""MedCSS: alignment and coding-rate regularisation between the mid and the deep stage (10.3389/fnins.2026.1739716).
+"""MedCSS: mid and deep features aligned, their coding rates tied (doi 10.3389/fnins.2026.1739716).
 
 Self-supervised:  L = NT-Xent(g(z4)) + λ_align JS(φ3(z3), φ4(z4)) + λ_crr ReLU(±(R(z3) - R(z4)))
 Supervised:       L = cross-entropy(W z4, y) + the same two terms (eq. 11)
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medfl.errors import ConfigError
-from medfl.methods.base import Claim, Method, Role, full_precision
+from medfl.methods.base import Claim, Method, Role
+from medfl.methods.medcss_losses import (
+    alignment,
+    coding_rate,
+    coding_rate_bound,
+    coding_rate_hinge,
+    entropies,
+    supervised_loss,
+)
 from medfl.methods.simclr import nt_xent, positive, stacked
 from medfl.models.encoders import ResNet
 from medfl.models.heads import MLP
@@ -20,7 +27,6 @@ from medfl.models.layers import one_of, pooled
 
 LEAST_ROWS = 32  # below, both coding rates sit at their rank limit and the hinge says nothing
 LEAST_HISTOGRAM_ROWS = 64
-BINS = 32
 PREFIX = ("stem", "layer1", "layer2")
 
 
@@ -75,13 +81,13 @@ class CodingRate:
 class MedCSS(Method):
     """NT-Xent or supervision, plus the two terms between the pooled features z3 (B, d3) and z4 (B, d4).
 
-    Heads of its own are built last and without moving torch's generator, so that with both weights 0 the method is
-    SimCLR bit for bit. Heads that no term uses do not exist.
+    Heads of its own are built last and without moving torch's generator, so that with both weights 0 the
+    method is SimCLR bit for bit. Heads that no term uses do not exist.
 
     Args:
         encoder: ResNet.
         hidden, width, norm, temperature: of the contrastive loss, as in SimCLR; norm of all heads.
-        objective: contrastive (two views) | supervised (first view, labels) | none (two views; needs `force`).
+        objective: contrastive (two views) | supervised (first view, labels) | none (two views, `force`).
         classes: of the supervised form; 2 gives one output and binary cross-entropy.
         align, crr: the two terms.
         freeze: none | stem+layer1+layer2.
@@ -180,7 +186,8 @@ class MedCSS(Method):
             if self.objective == "contrastive":
                 self.projector(z4)
             if self._projects:
-                self.align3(z3), self.align4(z4)
+                self.align3(z3)
+                self.align4(z4)
         return z4
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,115 +234,6 @@ class MedCSS(Method):
         return rate / bound
 
 
-@full_precision
-def supervised_loss(logits: Tensor, labels: Tensor, *, classes: int) -> Tensor:
-    """Binary cross-entropy of one logit for two classes, else cross-entropy (eq. 4).
-
-    Args:
-        logits: (B, 1) or (B, classes).
-        labels: (B,) integers in [0, classes).
-
-    Raises:
-        ConfigError: labels outside of that range.
-    """
-    low, high = torch.stack(labels.aminmax()).tolist()
-    if low < 0 or high >= classes:
-        raise ConfigError(
-            f"method.classes={classes}: got labels from {low} to {high}, need 0 to {classes - 1}. "
-            "Set method.classes to the number of classes of the data."
-        )
-    if classes == 2:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
-
-
-@full_precision
-def alignment(h3: Tensor, h4: Tensor, *, estimator: str, temperature: float) -> Tensor:
-    """Jensen-Shannon divergence in [0, ln 2] nats between mid and deep features, eqs. (6)-(7).
-
-    Two sets of points have JS = ln 2 and no gradient, so the paper's "empirical distributions" need a surrogate:
-    sample: softmax over E of each row, JS by row, mean. marginal: softmax, mean over rows, one JS; never above
-    sample. histogram: by dimension, soft histograms over the rows on shared bins, JS by dimension, mean.
-
-    Args:
-        h3, h4: (M, E).
-        estimator: sample | marginal | histogram.
-        temperature: of the softmax; histograms do not use it.
-    """
-    if estimator == "histogram":
-        return jensen_shannon(*_log_histograms(h3, h4)).mean()
-    log_p, log_q = F.log_softmax(h3 / temperature, dim=1), F.log_softmax(h4 / temperature, dim=1)
-    if estimator == "marginal":
-        log_p, log_q = (x.logsumexp(0, keepdim=True) - math.log(len(x)) for x in (log_p, log_q))
-    return jensen_shannon(log_p, log_q).mean()
-
-
-@full_precision
-def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """JS divergence in nats over the last axis of log-probabilities, (..., E) -> (...)."""
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
-
-
-def _log_histograms(h3: Tensor, h4: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of soft histograms (E, BINS): Gaussian kernel as wide as a bin, bins over the joint range, detached."""
-    both = torch.cat([h3, h4]).detach()
-    low, high = both.amin(0), both.amax(0)  # (E,)
-    bin_width = ((high - low) / (BINS - 1)).clamp_min(1e-6)
-    centres = low + bin_width * torch.arange(BINS, device=h3.device)[:, None]  # (BINS, E)
-
-    def histogram(h: Tensor) -> Tensor:
-        kernel = -((h[:, None] - centres) / bin_width).square() / 2  # (M, BINS, E)
-        return F.log_softmax(kernel.logsumexp(0).T, dim=1)
-
-    return histogram(h3), histogram(h4)
-
-
-@full_precision
-def entropies(h: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Entropy of the mean softmax and mean entropy of the softmaxes of (M, E), nats.
-
-    Where both are equal, all rows have the same distribution and the alignment says nothing.
-    """
-    log_p = F.log_softmax(h / temperature, dim=1)
-    log_mean = log_p.logsumexp(0) - math.log(len(h))
-    return -(log_mean.exp() * log_mean).sum(), -(log_p.exp() * log_p).sum(1).mean()
-
-
-@full_precision
-def coding_rate(features: Tensor, *, alpha: float) -> Tensor:
-    """R(F) = 1/2 logdet(I + α/M Fcᵀ Fc) in nats, Fc the centred rows (eqs. 8-9); computed in float64.
-
-    The smaller of the two Gram matrices gives the same determinant (Sylvester). Non-finite features give NaN.
-
-    Args:
-        features: (M, d).
-        alpha: α > 0.
-    """
-    m, d = features.shape
-    centred = (features - features.mean(0)).double()
-    gram = centred @ centred.T if m <= d else centred.T @ centred
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(identity + alpha / m * gram)  # no check: it would wait for the device
-    return factor.diagonal().log().sum().to(features.dtype)
-
-
-def coding_rate_bound(rows: int, width: int, *, alpha: float) -> float:
-    """The largest coding rate of (rows, width) features with rows of length at most 1."""
-    rank = max(min(rows - 1, width), 1)
-    return rank / 2 * math.log1p(alpha / rank)
-
-
-def coding_rate_hinge(rate3: Tensor, rate4: Tensor, *, direction: str = "equation") -> Tensor:
-    """Penalty between the rates of the mid and the deep features.
-
-    equation: ReLU(R3 - R4), eq. (10) as printed: zero unless the deep features collapse below the mid ones.
-    text: ReLU(R4 - R3), as sections 2.5 and 4.2-4.4 describe it; its zeros include collapse, so it needs a loss
-    that spreads features.
-    """
-    return F.relu(rate3 - rate4 if direction == "equation" else rate4 - rate3)
-
-
 def _refuse(objective: str, classes: int | None, align: Alignment, crr: CodingRate, *, force: bool) -> None:
     """ConfigError for switches that contradict each other or cannot train anything."""
     one_of("method.objective", objective, ("contrastive", "supervised", "none"))
@@ -347,20 +245,20 @@ def _refuse(objective: str, classes: int | None, align: Alignment, crr: CodingRa
         return
     if crr.weight > 0 and crr.direction == "text":
         raise ConfigError(
-            "method.crr.direction=text with objective=none: nothing spreads the features and collapse is an optimum. "
-            "Use objective=contrastive or method.crr.direction=equation."
+            "method.crr.direction=text with objective=none: nothing spreads the features, collapse is an optimum. "
+            "Use method.objective=contrastive or method.crr.direction=equation."
         )
     if not force or align.weight + crr.weight == 0:
         raise ConfigError(
-            "method.objective=none: the two terms of MedCSS alone are no pretraining method (features lose half of "
-            "their rank). Use objective=contrastive, or set method.force=true and a weight above 0."
+            "method.objective=none: the two terms of MedCSS alone are no pretraining method (features lose half "
+            "of their rank). Use method.objective=contrastive, or method.force=true and a weight above 0."
         )
 
 
 def _too_few(what: str, rows: int, least: int) -> str:
     return (
-        f"{what}: got {rows} feature rows in a batch, need at least {least}. Raise training.batch_size to {least // 2} "
-        f"({least} in the supervised form), or switch the term off."
+        f"{what}: got {rows} feature rows in a batch, need at least {least}. Raise training.batch_size to "
+        f"{least // 2} ({least} in the supervised form), or switch the term off."
     )
 
 

@@ -1,8 +1,8 @@
 """Batch-norm moments as plain sums, which add up over batches and sites."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,10 @@ class Moments:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _recorder(self, name: str) -> Any:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             new, old = sums_of(inputs[0].detach()), self.sums.get(name)
-            self.sums[name] = new if old is None else Sums(*(a + b for a, b in zip(old, new, strict=True)))
+            self.sums[name] = new if old is None else Sums(old.n + new.n, old.s + new.s, old.ss + new.ss)
 
         return record
 
@@ -69,8 +69,8 @@ def sums_of(values: Tensor) -> Sums:
 def pool(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Mean and variance (C,) of all values by the law of total variance.
 
-    The variance between parts is included, which an average of the parts' variances loses. It is the population
-    variance; torch's own running_var has n / (n - 1) of it.
+    The variance between parts is included, which an average of the parts' variances loses. It is the
+    population variance; torch's own running_var has n / (n - 1) of it.
 
     Args:
         parts: (n, sum, sum of squares) of each batch or site; a part with n = 0 adds nothing.

@@ -69,8 +69,8 @@ class ResNet(nn.Module):
         base_width: channels of the stem; layer k has base_width * 2^(k-1), times 4 with bottlenecks.
         se_ratio: channels over hidden units of squeeze-and-excitation (at least 8 hidden); null: none.
         norm: batch | group | instance.
-        stem: imagenet (7^d, stride 2, max-pool) | small (7^d, stride 2) | none (7^d, stride 1) | medmnist (3^d,
-            stride 1) | auto: imagenet from side 48, small from 24, else none, so that layer4 has 2 voxels per axis.
+        stem: imagenet (7^d, stride 2, max-pool) | small (7^d, stride 2) | none (7^d, stride 1) | medmnist
+            (3^d, stride 1) | auto: imagenet from side 48, small from 24, else none: 2 voxels in layer4.
         zero_init_residual: start every block as its shortcut (last norm scale 0; Goyal et al. 2017). Then the
             convolutions of a block have zero gradient in the first step.
         spatial_dims, in_channels, image_size: 2 | 3; channels; smallest side of the input in voxels.
@@ -184,8 +184,9 @@ class ResNet(nn.Module):
     def _refuse_single_voxels(self) -> None:
         if self._architecture["norm"] == "instance" and self.map_sides[3] < 2:
             raise ConfigError(
-                f"encoder.norm=instance: layer4 has one voxel for side {self._architecture['image_size']} and stem "
-                f"{self._architecture['stem']!r}: nothing to normalise. Use encoder.norm=group or a larger data.size."
+                "encoder.norm=instance: layer4 has one voxel, nothing to normalise, for side "
+                f"{self._architecture['image_size']} and stem {self._architecture['stem']!r}. "
+                "Use encoder.norm=group or a larger data.size."
             )
 
 

@@ -13,6 +13,7 @@ from medfl.report.tables import Run, ordered_sites
 
 TITLES = {"random": "Untrained", "local": "Alone", "federated": "Federated", "central": "Central"}
 NONE = "–"
+DARK = 65  # per cent of the heat scale from which light text reads better than dark
 COUNTS = ("n_test", "constant_accuracy")  # not scores of an arm
 Section = dict[str, Any]
 
@@ -63,7 +64,7 @@ def _site_row(main: Comparison, site: str, tested: Mapping[str, str]) -> Section
         "test": tested.get(site, NONE),
         "cells": [_cell(main.cells.get((arm, site))) for arm in main.arms],
         "gain": _cell(benefit, signed=True) if benefit else None,
-        "note": "unseen" if site in main.unseen else "not in the means" if site in main.left_out else "",
+        "note": "unseen" if site in main.unseen else "in no mean" if site in main.left_out else "",
     }
 
 
@@ -138,7 +139,7 @@ def _heat(cell: Transfer | None, low: float, high: float, *, own: bool) -> Secti
     return {
         "value": f"{cell.value:.3f}",
         "heat": share,
-        "class": " ".join(["own"] * own + ["strong"] * (share > 46)),
+        "class": " ".join(["own"] * own + ["strong"] * (share > DARK)),
         "interval": bounds(Estimate(cell.value, cell.low, cell.high)),
     }
 

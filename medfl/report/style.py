@@ -8,13 +8,13 @@ STYLE = """
   --accent-wash: #e8f2fb; --alarm: #a8201a; --alarm-wash: #fdecea; --good: #17734a; --good-wash: #e8f5ee;
   --low: #eef4fa; --high: #0a4c8b; --on-high: #ffffff;
   --s1: #0072b2; --s2: #d55e00; --s3: #008f68; --s4: #b8558f; --s5: #a87a00; --s6: #3b9ad0; --s7: #7556b3;
---s8: #6a737c; }
+  --s8: #6a737c; }
 @media screen and (prefers-color-scheme: dark) { :root {
   --paper: #12181f; --ink: #e6ebf0; --muted: #9aa7b4; --line: #2b353f; --wash: #1a222b; --accent: #5cb3f5;
   --accent-wash: #15293b; --alarm: #ff8d85; --alarm-wash: #3a1a19; --good: #62cf9b; --good-wash: #14301f;
   --low: #1b2834; --high: #63b0ee; --on-high: #0c141b;
   --s1: #4ea9e6; --s2: #ff8a45; --s3: #35c796; --s4: #e59cc6; --s5: #e6b53c; --s6: #93d0f5; --s7: #b79df0;
---s8: #a3adb7; } }
+  --s8: #a3adb7; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 var(--sans); }
@@ -95,11 +95,14 @@ pre { background: var(--wash); border-radius: 8px; padding: 14px 16px; overflow-
 .names code { background: var(--wash); border-radius: 4px; padding: 1px 6px; margin: 0 4px 6px 0; display:
   inline-block; }
 ul.limits li { margin: 5px 0; max-width: 84ch; }
-@media (max-width: 640px) { main { padding: 18px 16px 48px; } .lead { font-size: 1.25rem; } section {
-  margin-top: 38px; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 1.5rem; } th, td { padding: 6px 9px; }
-  dl { grid-template-columns: 1fr 1fr; } dl.wide { grid-template-columns: 1fr; } .share { width: 120px; }
-  table.heat td { min-width: 66px; padding: 7px 5px; } svg { max-width: none; } }
+@media (max-width: 640px) {
+  main { padding: 18px 14px 48px; } .lead { font-size: 1.25rem; } section { margin-top: 38px; }
+  .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 1.5rem; } .opt { display: none; }
+  dl { grid-template-columns: 1fr 1fr; } dl.wide { grid-template-columns: 1fr; } .share { width: 110px; }
+  table { font-size: 0.82rem; } th, td { padding: 6px 4px; } thead th { font-size: 0.7rem; }
+  td small { white-space: normal; font-size: 0.7rem; min-width: 46px; } .tag { display: table; padding: 0 4px; font-size: 0.62rem; }
+  tbody th { position: sticky; left: 0; background: var(--paper); } table.wrap th { white-space: normal; }
+  table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
 @media print { nav { display: none; } body { font-size: 11px; } main { max-width: none; padding: 0; }
   section { margin-top: 22px; padding-top: 10px; } .grid { grid-template-columns: repeat(3, 1fr); }
   tr, figure, .tile, .box { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow:

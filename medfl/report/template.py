@@ -53,11 +53,11 @@ SITES = """
 <section id="sites"><h2>Sites</h2>
 {% if sites.rows %}
 <div class="scroll"><table>
-<thead><tr><th class="l">Site</th><th>Training images</th><th>Validation</th><th>Test</th>
+<thead><tr><th class="l">Site</th><th>Training images</th><th class="opt">Validation</th><th>Test</th>
 <th class="l">Scanner profile</th><th class="l">Classes in training</th></tr></thead>
 <tbody>{% for row in sites.rows %}
 <tr><th>{{ row.name }}{% if row.held_out %} <span class="tag">unseen</span>{% endif %}</th>
-{% for count in row.splits %}<td>{{ count }}</td>{% endfor %}
+{% for count in row.splits %}<td{{ " class=opt" if loop.index == 2 }}>{{ count }}</td>{% endfor %}
 <td class="l">{{ row.profile }}</td>
 <td class="l"><span class="share">{% for index, name, count in row.shares %}
 <i title="{{ name }}: {{ count }}" style="flex: {{ count }}; --c: var(--s{{ index % 8 + 1 }})"></i>
@@ -93,14 +93,14 @@ ARMS = """
 <p class="note">{{ arms.metric }} on each site's own test images, 95 % intervals. Benefit is federated minus
 alone; it is coloured where its interval leaves out zero. Means are over {{ arms.over }}
 site{{ "" if arms.over == 1 else "s" }}.</p>
-<div class="scroll"><table><thead><tr><th class="l">Site</th><th>Test images</th>
+<div class="scroll"><table><thead><tr><th class="l">Site</th><th class="opt">Test images</th>
 {% for arm in arms.arms %}<th>{{ arm }}</th>{% endfor %}<th>Benefit</th></tr></thead><tbody>
 {% for row in arms.rows %}
 <tr><th>{{ row.name }}{% if row.note %} <span class="tag">{{ row.note }}</span>{% endif %}</th>
-<td>{{ row.test }}</td>{% for cell in row.cells %}{{ number(cell) }}{% endfor %}{{ gain(row.gain) }}</tr>
+<td class="opt">{{ row.test }}</td>{% for cell in row.cells %}{{ number(cell) }}{% endfor %}{{ gain(row.gain) }}</tr>
 {% endfor %}
 {% if arms.mean %}
-<tr class="sum"><th>Mean</th><td></td>{% for cell in arms.mean %}{{ number(cell) }}{% endfor %}
+<tr class="sum"><th>Mean</th><td class="opt"></td>{% for cell in arms.mean %}{{ number(cell) }}{% endfor %}
 {{ gain(arms.mean_gain) }}</tr>
 {% endif %}
 </tbody></table></div>
@@ -110,11 +110,11 @@ site{{ "" if arms.over == 1 else "s" }}.</p>
 {% endif %}
 {% if arms.others %}
 <h3>All scores, mean over sites</h3>
-<div class="scroll"><table><thead><tr><th class="l">Score</th>{% for arm in arms.titles %}<th>{{ arm }}</th>
-{% endfor %}<th>Sites</th></tr></thead><tbody>
+<div class="scroll"><table class="wrap"><thead><tr><th class="l">Score</th>{% for arm in arms.titles %}<th>{{ arm }}</th>
+{% endfor %}<th class="opt">Sites</th></tr></thead><tbody>
 {% for row in arms.others %}
 <tr><th>{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}
-<td>{{ row.over }}</td></tr>
+<td class="opt">{{ row.over }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
@@ -174,13 +174,13 @@ WIRE = """
 <p>In all, {{ wire.up }} left the sites and {{ wire.down }} arrived, over all stages of the federated arm. The
 arms that it is compared with are trained inside the simulation and are not counted.</p>
 <div class="scroll"><table class="wire"><thead><tr><th class="l">Site</th><th class="l">Direction</th>
-<th class="l">Role</th><th class="l">What it is</th><th>Number</th><th>Per training round</th><th>Total</th>
+<th class="l">Role</th><th class="l opt">What it is</th><th>Number</th><th>Per training round</th><th>Total</th>
 </tr></thead><tbody>
 {% for row in wire.rows %}
 <tr{% if row.alarm %} class="alarm"{% endif %}>{% if row.height %}
 <th rowspan="{{ row.height }}">{{ row.site }}</th>{% endif %}
 <td class="l{{ " own" if row.up }}">{{ row.direction }}</td><td class="l">{{ row.role }}</td>
-<td class="l muted">{{ row.words }}</td><td>{{ row.names }}</td><td>{{ row.per_round }}</td>
+<td class="l muted opt">{{ row.words }}</td><td>{{ row.names }}</td><td>{{ row.per_round }}</td>
 <td>{{ row.total }}</td></tr>
 {% endfor %}
 </tbody></table></div>

@@ -13,8 +13,8 @@ TRAVELS = ("parameter", "norm_moments", "codebook", "target")
 METRIC = "metric"
 WORDS = {
     "parameter": "weights",
-    "norm_moments": "sums for batch norm, over many images",
-    "codebook": "codebook counts and sums, over many images",
+    "norm_moments": "batch-norm statistics over many images",
+    "codebook": "codebook counts and sums over many images",
     "target": "weights of the momentum copy",
     "metric": "single numbers, named below",
     "order": "the study and what to run",

@@ -43,7 +43,7 @@ def test_one_site_is_central_training_bit_for_bit(method: str, tmp_path: Path) -
     task = Task(data.train.images, data.train.labels, config.build(study.views))
     where = Device.choose("cpu", "fp32", "never")
     for number in (1, 2):
-        plan = Plan(study.seed, data.name, number, 2, study.training.steps, 16, study.training.warmup)
+        plan = Plan(study.seed, data.name, number, 2, study.training.steps, 32, study.training.warmup)
         train_locally(plain, task, optimizer, plan, where)
     from medfl.layout import broadcast_layout
 

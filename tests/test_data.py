@@ -1,0 +1,407 @@
+"""Sources: what they load is on one grid, in range, labelled as it says, and every defect is refused by name."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from medfl.data.folder import Folder, read_labels
+from medfl.data.medmnist import MedMNIST, complete, facts
+from medfl.data.phantom import Phantom
+from medfl.data.sample import Records
+from medfl.data.volume import fit_steps, normalize, read, to_grid
+from medfl.errors import ConfigError, DataError
+from tests.shared_data import shared
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
+RNG = np.random.default_rng(0)
+
+
+def node(source: str, /, **changes: Any) -> dict[str, Any]:
+    """The arguments in a config file, with changes, as the command line makes them."""
+    arguments = yaml.safe_load((CONFIGS / f"{source}.yaml").read_text())
+    return {key: value for key, value in arguments.items() if key != "_target_"} | changes
+
+
+def phantom(**changes: Any) -> Phantom:
+    return Phantom(**node("phantom", **({"seed": 0} | changes)))
+
+
+# phantom
+
+
+@pytest.mark.parametrize(("dims", "size", "channels"), [(2, 32, 1), (2, 24, 3), (3, 16, 1)])
+def test_phantom_masks_agree_with_labels_and_only_the_seed_matters(dims: int, size: int, channels: int) -> None:
+    kinds = ["none", "smooth", "spiculated", "textured"]
+    source = phantom(spatial_dims=dims, size=size, channels=channels, count=40, classes=kinds)
+    records = source.load()
+    assert records.images.shape == (40, channels, *[size] * dims)
+    assert records.images.abs().max() <= 1
+    assert records.masks is not None
+    has_lesion = records.masks.flatten(1).any(1)
+    assert torch.equal(has_lesion, records.labels != 0)
+    grey = records.images.mean(1)
+    inside = torch.stack(
+        [image[mask > 0].mean() for image, mask in zip(grey, records.masks, strict=True) if mask.any()]
+    )
+    outside = torch.stack(
+        [image[mask == 0].mean() for image, mask in zip(grey, records.masks, strict=True) if mask.any()]
+    )
+    assert (inside > outside).float().mean() > 0.9
+    torch.testing.assert_close(source.load().images, records.images, rtol=0, atol=0)
+    other = phantom(spatial_dims=dims, size=size, channels=channels, count=40, classes=kinds, seed=1).load()
+    assert not torch.equal(other.images, records.images)
+
+
+def test_spiculated_lesions_are_less_compact_and_share_their_patients_label() -> None:
+    records = phantom(count=200, size=48).load()
+    assert records.masks is not None
+    masks = records.masks.float()
+    border = masks.diff(dim=1).abs().sum((1, 2)) + masks.diff(dim=2).abs().sum((1, 2))
+    compact = masks.sum((1, 2)) / border**2
+    assert compact[records.labels == 0].median() > 1.3 * compact[records.labels == 1].median()
+    labels = {(p, int(label)) for p, label in zip(records.patients, records.labels, strict=True)}
+    assert len(labels) == len(set(records.patients)) == 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "brain"}, r"data\.name: got 'brain', need 'anatomy'"),
+        ({"classes": ["smooth"]}, r"data\.classes: .* need two or more of none, smooth"),
+        ({"classes": ["smooth", "big"]}, r"data\.classes\[1\]: got 'big', need one of"),
+        ({"spatial_dims": 4}, r"data\.spatial_dims: got 4, need 2 or 3"),
+        ({"size": 2.5}, r"data\.size: got 2\.5, need an integer of at least 8"),
+    ],
+)
+def test_phantom_refuses_settings_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        phantom(**changes)
+
+
+# medmnist
+
+
+@pytest.fixture
+def tiny_breast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A published set of 12 images, served from a file address."""
+    from medmnist.info import INFO
+
+    arrays: dict[str, Any] = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = RNG.integers(0, 256, (4, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.array([[0], [1], [0], [1]], dtype=np.uint8)
+    served = tmp_path / "served.npz"
+    np.savez(served, **arrays)
+    checksum = hashlib.md5(served.read_bytes()).hexdigest()
+    changed = INFO["breastmnist"] | {"url": served.as_uri(), "MD5": checksum}
+    monkeypatch.setitem(INFO, "breastmnist", changed)
+    return served
+
+
+def test_medmnist_downloads_once_and_verifies(tiny_breast: Path, tmp_path: Path, capsys: Any) -> None:
+    source = MedMNIST(**node("medmnist", root=str(tmp_path / "new")))
+    records = source.load()
+    assert "downloading" in capsys.readouterr().err
+    assert records.images.shape == (12, 1, 28, 28)
+    with np.load(tiny_breast) as arrays:
+        expected = torch.from_numpy(arrays["val_images"]).float() / 127.5 - 1
+    torch.testing.assert_close(records.images[4:8, 0], expected)
+    assert records.splits == ("train",) * 4 + ("val",) * 4 + ("test",) * 4
+    assert records.classes == ("malignant", "normal, benign")
+    tiny_breast.unlink()
+    source.load()  # from the folder now
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["breastmnist.npz"]
+
+
+def test_medmnist_refuses_a_download_with_another_checksum(tiny_breast: Path, tmp_path: Path) -> None:
+    tiny_breast.write_bytes(tiny_breast.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"the download has MD5 \w+, the published one is \w+; nothing was kept"):
+        MedMNIST(**node("medmnist", root=str(tmp_path / "new"))).load()
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_medmnist_says_what_is_wrong_with_a_file(tiny_breast: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    absent = MedMNIST(**node("medmnist", root=str(root), download=False))
+    with pytest.raises(DataError, match=r"breastmnist\.npz does not exist.*from file://.*data\.download=true"):
+        absent.load()
+    root.mkdir()
+    (root / "breastmnist.npz").write_bytes(b"not a zip")
+    with (
+        pytest.warns(UserWarning, match=r"its MD5 is \w+, the published"),
+        pytest.raises(DataError, match="readable npz"),
+    ):
+        absent.load()
+    with pytest.raises(DataError, match=r"set data\.verify=warn"):
+        MedMNIST(**node("medmnist", root=str(root), verify="strict")).load()
+    pickled = np.array([{"a": 1}], dtype=object)
+    np.savez(root / "breastmnist.npz", train_images=pickled)
+    with pytest.raises(DataError, match=r"readable npz file .*allow_pickle"):
+        MedMNIST(**node("medmnist", root=str(root), verify="off")).load()
+    tiny_breast.unlink()
+    with pytest.raises(DataError, match=r"cannot be downloaded .* by hand"):
+        MedMNIST(**node("medmnist", root=str(tmp_path / "other"))).load()
+
+
+def test_medmnist_knows_its_sets_without_loading() -> None:
+    assert facts("adrenalmnist3d") == (3, 1)
+    assert facts("pathmnist") == (2, 3)
+    filled = complete(node("medmnist", name="pathmnist", channels=None))
+    assert (filled["spatial_dims"], filled["channels"]) == (2, 3)
+    with pytest.raises(ConfigError, match=r"got 'brestmnist'.* Nearest: breastmnist"):
+        complete(node("medmnist", name="brestmnist"))
+    with pytest.raises(ConfigError, match=r"data\.spatial_dims: got 2, need 3, as adrenalmnist3d has"):
+        MedMNIST(**node("medmnist", name="adrenalmnist3d", spatial_dims=2))
+    with pytest.raises(ConfigError, match=r"data\.size: got 128, need one of \[28, 64\]"):
+        MedMNIST(**node("medmnist", name="adrenalmnist3d", size=128))
+    with pytest.raises(DataError, match="multi-label sets are not supported"):
+        MedMNIST(**node("medmnist", name="chestmnist")).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "splits"),
+    [
+        ("breastmnist", 28, (546, 78, 156)),
+        ("adrenalmnist3d", 28, (1188, 98, 298)),
+        ("adrenalmnist3d", 64, (1188, 98, 298)),
+    ],
+)
+def test_published_medmnist_files(name: str, size: int, splits: tuple[int, ...]) -> None:
+    path = shared(f"medmnist/{name}{'' if size == 28 else f'_{size}'}.npz")
+    records = MedMNIST(**node("medmnist", name=name, size=size, root=str(path.parent), verify="strict")).load()
+    assert tuple(records.splits.count(split) for split in ("train", "val", "test")) == splits
+    assert records.images.shape[1:] == (1, *[size] * facts(name)[0])
+    assert (float(records.images.min()), float(records.images.max())) == (-1, 1)
+
+
+def test_a_rebuilt_set_works_and_says_that_it_is_not_the_published_one() -> None:
+    root = shared("medmnist_rebuilt/pneumoniamnist.npz").parent
+    with pytest.warns(UserWarning, match="461eb7c864609ea6ae1b17b9e23e6b83, the published one is 28209eda"):
+        records = MedMNIST(**node("medmnist", name="pneumoniamnist", root=str(root), download=False)).load()
+    assert len(records) == 5856
+
+
+# volume and folder
+
+
+def test_one_scan_keeps_its_content_on_any_grid() -> None:
+    image = torch.randn(1, 8, 8)
+    torch.testing.assert_close(to_grid(image, 8, (1.0, 1.0)), image)
+    ramp = torch.linspace(-1, 1, 32).expand(1, 20, 32)
+    small = to_grid(ramp, 10, fit_steps((20, 32), (1.0, 1.0), 10, "crop"))
+    centred = (torch.arange(10) - 4.5) * 2 * (2 / 31)  # 2 voxels a step
+    torch.testing.assert_close(small[0, 5], centred, atol=1e-5, rtol=0)
+    padded = to_grid(torch.ones(1, 4, 8) + torch.arange(8), 8, (1.0, 1.0))
+    torch.testing.assert_close(padded[0, 0], torch.ones(8))  # beyond the border: the least value
+    assert fit_steps((10, 20, 5), (1.0, 1.0, 4.0), 10, "pad") == (2.0, 2.0, 0.5)
+
+
+def test_normalization_is_what_it_says() -> None:
+    image = torch.cat([torch.arange(1000.0), torch.tensor([1e6])])[None, None]
+    scaled = normalize(image, "percentile", None)
+    torch.testing.assert_close(scaled[0, 0, 500], torch.tensor(0.0), atol=0.02, rtol=0)
+    assert scaled[0, 0, -1] == 1
+    torch.testing.assert_close(normalize(image, "range", (0.0, 500.0))[0, 0, 250], torch.tensor(0.0))
+    assert normalize(image, "zscore", None).abs().max() <= 1
+    with pytest.raises(DataError, match="no value inside the window"):
+        normalize(image, "range", (-10.0, -5.0))
+
+
+def png(path: Path, shape: tuple[int, ...] = (30, 40), mode: str = "L") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).convert(mode).save(path)
+
+
+def folder(root: Path, table: str, **changes: Any) -> Folder:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "datalist.csv").write_text(table)
+    return Folder(**node("folder", **({"root": str(root), "size": 16} | changes)))
+
+
+COLUMNS = {"label": "finding", "patient": "who", "site": "where", "split": "part"}
+
+
+def test_folder_reads_its_columns(tmp_path: Path) -> None:
+    for index in range(4):
+        png(tmp_path / f"{index}.png", mode="LA" if index else "RGBA")
+    (tmp_path / "0.png").unlink()
+    png(tmp_path / "0.png", mode="P")
+    Image.fromarray(np.stack([np.arange(900, dtype=np.uint8).reshape(30, 30)] * 3, axis=-1)).save(tmp_path / "0.png")
+    table = (
+        "image,finding,who,where,part\n0.png,10,a,x,train\n1.png,9,b,x,validation\n2.png,,c,y,\n3.png,9.0,d,y,test\n"
+    )
+    records = folder(tmp_path, table, **COLUMNS).load()
+    assert records.images.shape == (4, 1, 16, 16)
+    assert records.labels.tolist() == [1, 0, -1, 0]
+    assert records.classes == ("9", "10")
+    assert records.splits == ("train", "val", "", "test")
+    assert records.sites == ("x", "x", "y", "y")
+    assert records.patients == ("a", "b", "c", "d")
+    colour = folder(tmp_path, table, channels=3).load()
+    assert colour.images.shape == (4, 3, 16, 16)
+    assert colour.classes == ()
+    assert colour.patients == ("0.png", "1.png", "2.png", "3.png")
+    assert read_labels(["b", "", "a"])[1] == ("a", "b")
+
+
+def test_orientation_and_spacing_of_volumes(tmp_path: Path) -> None:
+    ras = np.zeros((10, 20, 8), dtype=np.float32)
+    ras[7:, 3:9, 2:5] = 1
+    image: Any = nib.Nifti1Image
+    nib.save(image(ras, np.diag([2.0, 1.0, 2.5, 1])), tmp_path / "ras.nii.gz")
+    turned = np.ascontiguousarray(ras[::-1].transpose(1, 0, 2))  # axes P, L
+    affine = np.array([[0, -2.0, 0, 18], [1.0, 0, 0, 0], [0, 0, 2.5, 0], [0, 0, 0, 1]])
+    nib.save(image(turned, affine), tmp_path / "other.nii.gz")
+    table = "image\nras.nii.gz\nother.nii.gz\n"
+    records = folder(tmp_path, table, spatial_dims=3, spacing=1.0, normalize="range").load()
+    torch.testing.assert_close(records.images[0], records.images[1], atol=1e-4, rtol=0)
+    assert records.spacing == (1.0, 1.0, 1.0)
+    fitted = folder(tmp_path, table, spatial_dims=3, fit="pad").load()
+    assert fitted.spacing == pytest.approx((1.25, 1.25, 1.25))  # 20 mm on 16 voxels
+
+
+def test_dicom_values(tmp_path: Path) -> None:
+    header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    header.save_as(tmp_path / "a.dcm")
+    hounsfield = header.pixel_array.astype(np.float32) * float(header.RescaleSlope) + float(header.RescaleIntercept)
+    image, spacing = read(tmp_path / "a.dcm", 2)
+    torch.testing.assert_close(image[0], torch.from_numpy(hounsfield))
+    assert spacing == pytest.approx((0.661468, 0.661468))
+    header.PhotometricInterpretation = "MONOCHROME1"
+    header.save_as(tmp_path / "b.dcm")
+    inverted, _ = read(tmp_path / "b.dcm", 2)
+    torch.testing.assert_close(inverted, image.max() + image.min() - image)
+
+
+def constant(root: Path) -> None:
+    Image.fromarray(np.full((20, 20), 7, dtype=np.uint8)).save(root / "0.png")
+
+
+def missing(root: Path) -> None:
+    (root / "0.png").unlink()
+
+
+def truncated(root: Path) -> None:
+    (root / "0.png").write_bytes((root / "1.png").read_bytes()[:200])
+
+
+def colourful(root: Path) -> None:
+    png(root / "0.png", (20, 20, 3), "RGB")
+
+
+def not_finite(root: Path) -> None:
+    Image.fromarray(np.full((20, 20), np.nan, dtype=np.float32)).save(root / "0.tif")
+    (root / "0.png").unlink()
+    (root / "0.tif").rename(root / "0.png")
+
+
+DEFECTS: list[tuple[Callable[[Path], None], str]] = [
+    (constant, r"0\.png: is constant"),
+    (missing, r"0\.png: no such file"),
+    (truncated, r"0\.png: cannot be read"),
+    (colourful, r"0\.png: got 3 channels, need 1\. Set data\.channels=3"),
+    (not_finite, r"0\.png: holds NaN"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), DEFECTS, ids=[spoil.__name__ for spoil, _ in DEFECTS])
+def test_folder_names_the_image_that_it_refuses(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(4):
+        png(tmp_path / f"{index}.png")
+    spoil(tmp_path)
+    table = "image\n" + "".join(f"{index}.png\n" for index in range(4))
+    with pytest.raises(DataError, match=message):
+        folder(tmp_path, table).load()
+    with pytest.raises(DataError, match=rf"1 of 4 images cannot be used, data\.max_unreadable=0\.02.*{message}"):
+        folder(tmp_path, table, unreadable="skip").load()
+    records = folder(tmp_path, table, unreadable="skip", max_unreadable=0.25).load()
+    assert len(records) == 3
+    assert "1 of 4 images cannot be used and were skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "message"),
+    [
+        (
+            "image,findings\n0.png,1\n",
+            {"label": "finding"},
+            r"no column 'finding'\. Set data\.label to one of: findings",
+        ),
+        ("image\n", {}, "has no rows"),
+        ("image\n0.png\n", {"spatial_dims": 3}, r"2 dimensions, need 3\. Set data\.spatial_dims"),
+        ("image\n0.txt\n", {}, "unknown format"),
+        ("image,y\n0.png,1\n1.png,1\n", {"label": "y"}, "every label is '1', need two classes"),
+        ("image,y\n0.png,a\n1.png,b\n2.png,c\n3.png,d\n", {"label": "y"}, "4 different values in 4 rows"),
+        ("image,where\n0.png,x\n1.png,\n", {"site": "where"}, "'where' is empty in 1 of 2 rows"),
+        ("image,part\n0.png,holdout\n", {"split": "part"}, "'part' holds 'holdout'. Use train, val, test"),
+        (
+            "image,who,part\n0.png,a,train\n1.png,a,test\n2.png,b,val\n",
+            {"patient": "who", "split": "part"},
+            r"1 of 2 patients are in more than one split",
+        ),
+    ],
+)
+def test_folder_refuses_a_data_list(tmp_path: Path, table: str, changes: dict[str, Any], message: str) -> None:
+    for index in range(4):
+        png(tmp_path / f"{index}.png")
+    (tmp_path / "0.txt").write_text("text")
+    with pytest.raises(DataError, match=message):
+        folder(tmp_path, table, **changes).load()
+
+
+def test_folder_refuses_settings_and_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root: got None, need the folder"):
+        Folder(**node("folder"))
+    with pytest.raises(ConfigError, match=r"data\.window: got \[5, 1\], need \[low, high\]"):
+        Folder(**node("folder", root="x", window=[5, 1]))
+    with pytest.raises(DataError, match="is not a folder"):
+        Folder(**node("folder", root=str(tmp_path / "absent"))).load()
+    (tmp_path / "other.csv").touch()
+    with pytest.raises(DataError, match=r"datalist\.csv' does not exist \(CSV there: other\.csv\)"):
+        Folder(**node("folder", root=str(tmp_path))).load()
+
+
+def chest(**changes: Any) -> Records:
+    root = shared("covid_cxr/metadata.csv").parent
+    columns = {"image": "file", "label": "sex", "patient": "patientid", "site": "site", "datalist": "metadata.csv"}
+    return Folder(**node("folder", root=str(root), size=32, **(columns | changes))).load()
+
+
+def test_real_chest_x_rays() -> None:
+    records = chest()
+    assert records.images.shape == (261, 1, 32, 32)
+    assert set(records.sites or ()) == {"australia", "hannover_de", "italy", "other", "uk"}
+    assert records.classes == ("F", "M")
+    lungs = records.images[:, 0, 8:20].mean(0)  # columns: dark lungs on both sides of a bright spine, upright
+    assert lungs[:, 15:17].mean() > lungs[:, 7:11].mean()
+    assert lungs[:, 15:17].mean() > lungs[:, 21:25].mean()
+
+
+def test_real_volumes_and_dicom(tmp_path: Path) -> None:
+    cases = sorted(shared("msd_hippocampus/imagesTr").glob("*.nii.gz"))[:20]
+    cases += [shared(f"sct_spine/{name}") for name in ("t2/t2.nii.gz", "t2s/t2s.nii.gz")]
+    records = folder(tmp_path, "image\n" + "".join(f"{case}\n" for case in cases), spatial_dims=3, fit="pad").load()
+    assert records.images.shape == (22, 1, 16, 16, 16)
+    assert bool((records.images.flatten(1).std(1) > 0.1).all())  # raw scales differ by four orders of magnitude
+    four = shared("sct_spine/dmri/dmri.nii.gz")
+    with pytest.raises(DataError, match="got 7 channels, need 1"):
+        folder(tmp_path, f"image\n{four}\n", spatial_dims=3).load()
+    samples = shared("dicom_samples")
+    same = [read(samples / f"MR_small{kind}.dcm", 2)[0] for kind in ("", "_implicit", "_bigendian", "_RLE")]
+    assert all(torch.equal(same[0], other) for other in same[1:])
+    with pytest.raises(DataError, match=r"MR_truncated\.dcm: cannot be read \(ValueError: The number of bytes"):
+        read(samples / "MR_truncated.dcm", 2)
+    colour = folder(tmp_path, f"image\n{samples}/examples_rgb_color.dcm\n{samples}/examples_jpeg2k.dcm\n", channels=3)
+    assert colour.load().images.shape == (2, 3, 16, 16)

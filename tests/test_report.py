@@ -1,0 +1,301 @@
+"""The report says what the run folder holds, no more: numbers, absences, alarms, and nothing from outside."""
+
+import csv
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medfl.errors import DataError
+from medfl.report import page, summary, wire
+from medfl.report.figures import spread
+from medfl.report.summary import Comparison, Estimate, compare_arms
+from medfl.report.tables import FILES, read_run
+from tests.run_folder import ARMS, EVALUATION, ROUNDS, SITES, WIRE, auc, write_run, write_table
+
+HOSTILE = "</td><script src=//x.example/a.js>alert('$x^2$')</script>&\"'"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run") / "study")
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return page.write(folder).read_text()
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "study", ignore=shutil.ignore_patterns("report.html")))
+
+
+def section(text, name):
+    """The words of one section, tags taken off."""
+    part = re.search(rf'<(section|header) id="{name}".*?</\1>', text, re.DOTALL)
+    return words(part[0])
+
+
+def words(markup):
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path, *rows):
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def test_every_auc_of_the_tables_is_on_the_page_to_three_digits(folder, text):
+    arms, transfer = section(text, "arms"), section(text, "transfer")
+    for row in rows_of(folder / "evaluation.csv"):
+        if row["protocol"] == "linear" and row["metric"] == "auc" and row["value"]:
+            value, low, high = (f"{float(row[name]):.3f}" for name in ("value", "low", "high"))
+            assert f"{value} {low} to {high}" in arms
+    for row in rows_of(folder / "transfer.csv"):
+        if row["value"]:
+            value, low, high = (f"{float(row[name]):.3f}" for name in ("value", "low", "high"))
+            assert f"{value} {low} to {high}" in transfer
+
+
+def test_the_sentence_has_the_means_over_the_same_sites(text):
+    means = {}
+    for arm in ARMS:
+        cells = [auc(site if arm == "local" else arm, site) for site in SITES]
+        means[arm] = f"{fmean(float(f'{cell:.6g}') for cell in cells if cell is not None):.3f}"
+    lead = words(re.search(r'<p class="lead">(.*?)</p>', text, re.DOTALL)[1])
+    assert lead.startswith(f"Federated pretraining reached a mean linear-probe AUC of {means['federated']} (95 % ")
+    assert f"over 3 sites, against {means['local']} for sites training alone" in lead
+    assert f"and {means['random']} for an untrained encoder; central training reached {means['central']}." in lead
+    assert "site-4 is in no mean: no arm has a value there" in section(text, "study")
+
+
+def test_the_page_fetches_nothing_and_stays_small(text):
+    assert not re.search(r"https?:|@import|<script|<link|<iframe|\ssrc\s*=", text, re.IGNORECASE)
+    assert all(found.startswith("#") for found in re.findall(r'href="([^"]*)"', text))
+    assert all(found.startswith("#") for found in re.findall(r"url\(([^)]*)\)", text))
+    assert "default-src 'none'" in text
+    assert len(text.encode()) < 3e6
+
+
+def test_the_same_folder_gives_the_same_bytes(text, copy):
+    assert page.write(copy).read_text() == text
+    assert not [path.name for path in copy.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("absent", sorted(FILES))
+def test_any_file_may_be_absent_and_is_named(copy, absent, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    (copy / absent).unlink()
+    assert f"{absent} is not there ({FILES[absent]})" in section(page.write(copy).read_text(), "study")
+
+
+def test_a_study_that_has_just_begun_says_what_is_lacking(copy):
+    for name in set(FILES) - {"config.yaml", "metrics.jsonl"}:
+        (copy / name).unlink()
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    first = [line for line in lines if json.loads(line)["arm"] == "federated" and json.loads(line)["round"] == 1]
+    (copy / "metrics.jsonl").write_text("\n".join([*first, lines[-1][:40]]))
+    text = page.write(copy).read_text()
+    study = section(text, "study")
+    assert "No result yet for federated pretraining." in study
+    assert f"1 of {ROUNDS} done" in study
+    assert "not finished: federated" in study
+    assert "metrics.jsonl: 1 line could not be read." in study
+    assert "the evaluate stage has not been run" in section(text, "arms")
+    assert "the transfer stage has not been run" in section(text, "transfer")
+    assert "no record of what left the sites" in section(text, "wire")
+    assert "<svg" in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds none of them; need a run folder"):
+        page.write(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        page.write(tmp_path / "nowhere")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    folder = write_run(tmp_path / "study", rename={"site-1": HOSTILE})
+    text = page.write(folder).read_text()
+    assert "<script" not in text
+    assert text.count("<section") == text.count("</section>") == 9
+    assert HOSTILE in section(text, "sites")
+
+
+@pytest.mark.parametrize("role", wire.STAYS)
+def test_what_must_stay_and_left_raises_the_alarm(copy, role):
+    append(
+        copy / "wire.csv",
+        (2, "site-3", "up", "queue.keys", role, "float32", "4096x64", 1048576, "federated", "pretrain"),
+    )
+    run = read_run(copy)
+    assert wire.verdict(run).state == "alarm"
+    assert f"queue.keys ({role}, site-3)" in wire.verdict(run).text
+
+
+def test_the_alarm_is_at_the_top_and_replaces_the_promise(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    assert "no patient id" in section(page.write(copy).read_text(), "wire")
+    append(
+        copy / "wire.csv", (2, "site-3", "up", "queue.keys", "queue", "float32", "8x8", 256, "federated", "pretrain")
+    )
+    text = page.write(copy).read_text()
+    assert "Alarm: 1 times a tensor that must stay left its site" in section(text, "study")
+    assert "no patient id" not in text
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "said"),
+    [("thumbnail", "28x28", "a role that this report does not know"), ("metric", "120", "more than one value")],
+)
+def test_no_promise_about_what_is_not_known(copy, role, shape, said):
+    append(copy / "wire.csv", (2, "site-3", "up", "x", role, "float32", shape, 8, "federated", "pretrain"))
+    verdict = wire.verdict(read_run(copy))
+    assert verdict.state == "open"
+    assert said in verdict.text
+
+
+def test_no_promise_on_a_damaged_record(copy):
+    append(copy / "wire.csv", (2, "site-3", "sideways", "x", "queue", "float32", "1", 8, "federated", "pretrain"))
+    assert wire.verdict(read_run(copy)).state == "open"
+
+
+def test_wire_sums_are_those_of_the_rows(folder):
+    rows = [row for row in rows_of(folder / "wire.csv") if row["arm"] == "federated"]
+    found = wire.flows(read_run(folder).crossings)
+    assert sum(flow.bytes for flow in found) == sum(int(row["bytes"]) for row in rows)
+    weights = next(f for f in found if (f.site, f.direction, f.role) == ("site-2", "up", "parameter"))
+    assert weights.names == 4
+    assert weights.per_round == pytest.approx(weights.bytes / ROUNDS)
+
+
+def test_refusals_are_shown_with_their_reasons(text):
+    shown = section(text, "refusals")
+    assert "3 pretrain federated site-2 refused site 'site-2': 'encoder.stem.weight' has NaN or infinity." in shown
+    assert "in a federated round: 3 to 4, over 5 rounds" in shown
+
+
+def test_a_collapse_is_at_the_top(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    line = {"t": "", "stage": "pretrain", "arm": "federated", "round": ROUNDS, "site": "site-3"}
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"name": "monitor/embedding_std", "value": 0.0001}) + "\n")
+    assert "fell below a tenth of its first value: federated site-3." in section(page.write(copy).read_text(), "study")
+
+
+def table_of(tmp_path, values, *, half=0.01):
+    """A run of three sites where each arm has the same AUC everywhere."""
+    rows = [
+        (
+            f"local:{site}" if arm == "local" else arm,
+            site,
+            "classification",
+            "linear",
+            "1.0",
+            "auc",
+            v,
+            v - half,
+            v + half,
+        )
+        for arm, v in values.items()
+        for site in SITES[:3]
+    ]
+    write_table(tmp_path / "evaluation.csv", EVALUATION, rows)
+    return compare_arms(read_run(tmp_path), "linear", "auc")
+
+
+@pytest.mark.parametrize(
+    ("values", "half", "said"),
+    [
+        ({"local": 0.7, "federated": 0.76, "central": 0.8}, 0.01, "Recovered gap: 60 % of"),
+        ({"local": 0.7, "federated": 0.85, "central": 0.8}, 0.01, "150 % of .* passed central training"),
+        ({"local": 0.7, "federated": 0.71, "central": 0.715}, 0.001, "not resolvable: .* 0.015 above"),
+        ({"local": 0.7, "federated": 0.76, "central": 0.8}, 0.2, "not resolvable: .* more than 0.16"),
+        ({"local": 0.8, "federated": 0.76, "central": 0.7}, 0.01, "0.100 below .* a reference, not a bound"),
+    ],
+)
+def test_recovered_gap_is_printed_only_when_it_can_be_resolved(tmp_path, values, half, said):
+    assert re.search(said, summary.recovered(table_of(tmp_path, values, half=half)))
+
+
+def test_a_worse_federation_is_called_worse(tmp_path):
+    table = table_of(tmp_path, {"random": 0.75, "local": 0.8, "federated": 0.7, "central": 0.74})
+    said = " ".join(summary.remarks(table))
+    assert "Worse than sites training alone: difference −0.100" in said
+    assert "Worse off than alone: site-1, site-2, site-3." in said
+    assert "Caution: central training did not beat the untrained encoder" in said
+
+
+def test_a_site_without_one_arm_is_in_no_mean(copy):
+    kept = [
+        row for row in rows_of(copy / "evaluation.csv") if not (row["arm"] == "central" and row["site"] == "site-1")
+    ]
+    write_table(copy / "evaluation.csv", EVALUATION, [tuple(row.values()) for row in kept])
+    table = compare_arms(read_run(copy), "linear", "auc")
+    assert table.compared == ("site-2", "site-3")
+    assert table.left_out["site-1"] == "no value for central training"
+
+
+def test_a_lone_encoder_counts_at_its_own_site_only(copy):
+    append(copy / "evaluation.csv", ("local:site-1", "site-2", "classification", "linear", "1.0", "auc", 0.1, 0.0, 0.2))
+    before, after = auc("site-2", "site-2"), compare_arms(read_run(copy), "linear", "auc").cells["local", "site-2"]
+    assert after.value == pytest.approx(before, abs=1e-6)
+
+
+def test_unseen_sites_are_reported_apart(copy):
+    tree = json.loads((copy / "sites.json").read_text())
+    tree["sites"][2]["held_out"] = True
+    (copy / "sites.json").write_text(json.dumps(tree))
+    table = compare_arms(read_run(copy), "linear", "auc")
+    assert table.unseen == ("site-3",)
+    assert table.compared == ("site-1", "site-2")
+    assert any(text.startswith("At site-3, which took no part in training") for text in summary.remarks(table))
+
+
+estimates = st.tuples(st.floats(0, 1), st.floats(0, 0.3), st.floats(0, 0.3)).map(
+    lambda t: Estimate(t[0], t[0] - t[1], t[0] + t[2])
+)
+
+
+@given(st.lists(estimates, min_size=1, max_size=6))
+def test_the_mean_lies_in_its_interval_and_is_surer_than_its_parts(parts):
+    found = summary.mean(parts)
+    widths = [part.high - part.low for part in parts]
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
+    assert found.high - found.low <= max(widths) + 1e-9
+
+
+@given(estimates, estimates)
+def test_a_difference_is_antisymmetric(first, second):
+    there, back = summary.difference(first, second), summary.difference(second, first)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+
+
+@given(st.lists(st.floats(-1, 2), max_size=12))
+def test_labels_keep_their_order_and_distance(wanted):
+    placed = spread(wanted, 0.1)
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    gaps = [placed[b] - placed[a] for a, b in zip(order, order[1:], strict=False)]
+    assert all(gap >= 0.1 - 1e-9 for gap in gaps)
+
+
+def test_an_empty_comparison_has_no_number():
+    empty = Comparison("linear", "auc", {}, (), (), (), {})
+    assert summary.sentence(empty) == "No result yet for federated pretraining."
+    assert summary.remarks(empty) == []
+
+
+def test_wire_columns_are_the_contract(folder):
+    assert tuple(rows_of(folder / "wire.csv")[0]) == WIRE

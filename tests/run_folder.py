@@ -36,9 +36,9 @@ CONFIG = {
         "size": 28,
         "count": 2400,
     },
-    "sites": {"_target_": "medfl.data.sites.Sites", "count": 4, "alpha": 0.5, "severity": 3},
+    "sites": {"_target_": "medfl.data.sites.Sites", "count": 4, "alpha": 0.5, "quantity": "lognormal", "severity": 3},
     "views": {"_target_": "medfl.views.compose.Views"},
-    "encoder": {"_target_": "medfl.models.encoders.ResNet", "layers": [1, 1, 1, 1], "se_ratio": 16},
+    "encoder": {"_target_": "medfl.models.encoders.ResNet", "blocks": [1, 1, 1, 1], "base_width": 16, "se_ratio": 16},
     "method": {"_target_": "medfl.methods.medcss.MedCSS", "temperature": 0.2},
     "training": {"steps": 40, "batch_size": 64},
     "rounds": {"count": ROUNDS, "carrier": "inprocess", "norm": "pooled"},
@@ -213,9 +213,9 @@ def _sites(names: Mapping[str, str]) -> dict[str, object]:
         for i, (name, mix, profile) in enumerate(zip(names.values(), classes, profiles, strict=True))
     ]  # fmt: skip
     calibration = {
-        "site_id_accuracy": 0.871,
+        "site_accuracy": 0.871,
         "chance": 0.25,
-        "label_total_variation": 0.31,
+        "label_variation": 0.31,
         "effective_sites": 3.42,
     }
     return {"sites": sites, "calibration": calibration}

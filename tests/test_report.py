@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -12,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medfl import run_folder
 from medfl.errors import DataError
 from medfl.report import page, summary, wire
 from medfl.report.figures import spread
 from medfl.report.summary import Comparison, Estimate, compare_arms
 from medfl.report.tables import FILES, read_run
-from tests.run_folder import ARMS, EVALUATION, ROUNDS, SITES, WIRE, auc, write_run, write_table
+from tests.run_folder import ARMS, EVALUATION, ROUNDS, SITES, TRANSFER, WIRE, auc, write_run, write_table
 
 HOSTILE = "</td><script src=//x.example/a.js>alert('$x^2$')</script>&\"'"
 
@@ -111,7 +113,7 @@ def test_a_study_that_has_just_begun_says_what_is_lacking(copy):
     study = section(text, "study")
     assert "No result yet for federated pretraining." in study
     assert f"1 of {ROUNDS} done" in study
-    assert "not finished: federated" in study
+    assert "not finished: federated, local, central" in study
     assert "metrics.jsonl: 1 line could not be read." in study
     assert "the evaluate stage has not been run" in section(text, "arms")
     assert "the transfer stage has not been run" in section(text, "transfer")
@@ -134,7 +136,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert HOSTILE in section(text, "sites")
 
 
-@pytest.mark.parametrize("role", wire.STAYS)
+@pytest.mark.parametrize("role", ["queue", "local", "fixed"])
 def test_what_must_stay_and_left_raises_the_alarm(copy, role):
     append(
         copy / "wire.csv",
@@ -152,7 +154,8 @@ def test_the_alarm_is_at_the_top_and_replaces_the_promise(copy, monkeypatch):
         copy / "wire.csv", (2, "site-3", "up", "queue.keys", "queue", "float32", "8x8", 256, "federated", "pretrain")
     )
     text = page.write(copy).read_text()
-    assert "Alarm: 1 times a tensor that must stay left its site" in section(text, "study")
+    study = section(text, "study")
+    assert "Alarm: tensors that must stay at their site left it (1 row): queue.keys (queue, site-3)." in study
     assert "no patient id" not in text
 
 
@@ -287,7 +290,7 @@ def test_a_difference_is_antisymmetric(first, second):
 def test_labels_keep_their_order_and_distance(wanted):
     placed = spread(wanted, 0.1)
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    gaps = [placed[b] - placed[a] for a, b in zip(order, order[1:], strict=False)]
+    gaps = [placed[b] - placed[a] for a, b in pairwise(order)]
     assert all(gap >= 0.1 - 1e-9 for gap in gaps)
 
 
@@ -297,5 +300,5 @@ def test_an_empty_comparison_has_no_number():
     assert summary.remarks(empty) == []
 
 
-def test_wire_columns_are_the_contract(folder):
-    assert tuple(rows_of(folder / "wire.csv")[0]) == WIRE
+def test_the_made_up_folder_has_the_columns_that_are_written():
+    assert (EVALUATION, TRANSFER, WIRE) == (run_folder.EVALUATION, run_folder.TRANSFER, run_folder.WIRE)

@@ -171,12 +171,9 @@ def test_real_hospitals_all_have_both_sexes_in_train_and_test() -> None:
 LETTERS = [(2, letter) for letter in "BCDEGU"] + [(3, letter) for letter in "BCDEGU"]
 
 
-def scans(dims: int, count: int = 12, channels: int = 1) -> torch.Tensor:
-    return (
-        Phantom(**node("data", "phantom", seed=1, spatial_dims=dims, size=16, count=count, channels=channels))
-        .load()
-        .images
-    )
+def scans(dims: int, count: int = 12, **changes: Any) -> torch.Tensor:
+    source = Phantom(**node("data", "phantom", seed=1, spatial_dims=dims, size=16, count=count, **changes))
+    return source.load().images
 
 
 @pytest.mark.parametrize(("dims", "letter"), LETTERS)
@@ -196,7 +193,7 @@ def test_a_profile_is_pure_in_range_and_visible(dims: int, letter: str) -> None:
         (scanner.scan(images, letter, severity, site=5, samples=samples) - images).abs().mean()
         for severity in (1, 3, 5)
     ]
-    assert 0.003 < changes[0] < changes[1] < changes[2]
+    assert 1e-4 < changes[0] < changes[1] < changes[2]
     spread = statistics(images).std(0) + 1e-6
     assert ((statistics(seen) - statistics(images)).mean(0).abs() / spread).max() > 0.3
 
@@ -214,11 +211,12 @@ def test_profiles_do_what_their_names_say() -> None:
     shaded = scanner.scan(torch.zeros(4, 1, 16, 16), "E", 4, site=1, samples=range(4))[0, 0]
     assert shaded.std() > 0.02
     assert shaded.diff().diff().abs().max() < 0.1  # smooth
-    thick = scanner.scan(scans(3), "D", 4, site=1, samples=range(12))
-    loss = [float(thick.diff(dim=axis).abs().mean() / scans(3).diff(dim=axis).abs().mean()) for axis in (2, 3, 4)]
-    assert min(loss) < 0.75 < sorted(loss)[1]  # along one axis only
-    colour = scans(2, 6, channels=3)
-    stained = scanner.scan(colour, "F", 3, site=1, samples=range(6))
+    solid = torch.rand(12, 1, 16, 16, 16) * 2 - 1
+    thick = scanner.scan(solid, "D", 4, site=1, samples=range(12))
+    loss = sorted(float(thick.diff(dim=axis).abs().mean() / solid.diff(dim=axis).abs().mean()) for axis in (2, 3, 4))
+    assert loss[0] < 0.7 * loss[1]  # along one axis
+    colour = scans(2, channels=3)
+    stained = scanner.scan(colour, "F", 3, site=1, samples=range(12))
     assert (stained - colour).abs().mean() > 0.02
 
 
@@ -232,12 +230,23 @@ def test_profiles_that_do_not_exist_are_refused(records: Records) -> None:
 
 
 def test_a_sites_scanner_depends_on_no_other_site(records: Records) -> None:
-    """Patients placed alike, sites changed around them: the same images."""
-    few, many = (preset("scanner", count=count).partition(records, 0) for count in (2, 4))
-    mine, theirs = (dict(zip(s[1].train.patients, s[1].train.images, strict=True)) for s in (few, many))
-    common = sorted(mine.keys() & theirs.keys())
-    assert common
-    assert all(torch.equal(mine[patient], theirs[patient]) for patient in common)
+    whole = preset("natural", severity=3, profiles=["B", "C", "E"]).partition(records, 0)
+    rows = [row for row, town in enumerate(records.sites or ()) if town != "south"]
+    fewer = replace(
+        records,
+        images=records.images[rows],
+        labels=records.labels[rows],
+        patients=tuple(records.patients[row] for row in rows),
+        splits=("",) * len(rows),
+        sites=tuple((records.sites or ())[row] for row in rows),
+        masks=None,
+    )
+    others = [site for site in whole if site.name != "south"]
+    for site, same in zip(
+        others, preset("natural", severity=3, profiles=["B", "C", "E"]).partition(fewer, 0), strict=True
+    ):
+        assert (site.name, site.profile) == (same.name, same.profile)
+        torch.testing.assert_close(site.train.images, same.train.images, rtol=0, atol=1e-5)
 
 
 # pooled data, calibration, description
@@ -273,6 +282,7 @@ def test_pool_and_description_leave_the_unseen_site_out_and_name_nobody(records:
     ("changes", "message"),
     [
         ({"count": 0}, r"sites\.count: got 0, need an integer of at least 1"),
+        ({"alpha": "low"}, r"sites\.alpha: got 'low', need a number"),
         ({"alpha": 0}, r"sites\.alpha: got 0, need a number above 0, or null"),
         ({"quantity": "zipf"}, r"sites\.quantity: got 'zipf', need lognormal, power or null"),
         ({"severity": -1}, r"sites\.severity: got -1"),

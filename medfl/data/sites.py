@@ -10,7 +10,7 @@ from typing import Any
 from medfl.data import scanner
 from medfl.data.allocation import Minima, allocate, shares, sizes
 from medfl.data.calibration import Calibration
-from medfl.data.sample import SPLITS, Records, SiteData, Split, choose, join, require, whole, with_images
+from medfl.data.sample import SPLITS, Records, SiteData, Split, choose, join, number, require, whole, with_images
 from medfl.data.splits import assign, check_patients, label_of_patient
 from medfl.errors import ConfigError, DataError
 from medfl.seeding import key
@@ -53,7 +53,7 @@ class Sites:
     def __post_init__(self) -> None:
         count_ok = self.count is None if self.natural else whole(self.count)
         law_ok = self.quantity in (None, "lognormal", "power") and not (self.natural and self.quantity)
-        alpha_ok = self.alpha is None or (self.alpha > 0 and not self.natural)
+        alpha_ok = self.alpha is None or (number(self.alpha, 1e-6) and not self.natural)
         simulated = "null, as the data name their sites" if self.natural else ""
         require(
             "sites",
@@ -61,8 +61,8 @@ class Sites:
                 "count": (self.count, count_ok, simulated or "an integer of at least 1"),
                 "alpha": (self.alpha, alpha_ok, simulated or "a number above 0, or null"),
                 "quantity": (self.quantity, law_ok, simulated or "lognormal, power or null"),
-                "spread": (self.spread, self.spread >= 0, "a number of at least 0"),
-                "severity": (self.severity, self.severity >= 0, "a number of at least 0"),
+                "spread": (self.spread, number(self.spread), "a number of at least 0"),
+                "severity": (self.severity, number(self.severity), "a number of at least 0"),
                 "profiles": (self.profiles, len(self.profiles) > 0, "a list of letters such as [A, B]"),
                 "min_images": (self.min_images, whole(self.min_images), "an integer of at least 1"),
                 "min_class": (self.min_class, whole(self.min_class, 0), "an integer of at least 0"),
@@ -79,10 +79,13 @@ class Sites:
             ConfigError: a scanner profile or a held-out site that these data do not have.
         """
         check_patients(records.patients, records.splits)
+        if self.natural:
+            self._check_natural(records)
         labels = label_of_patient(records.patients, records.labels.tolist())
         splits = _complete_splits(records, labels, seed, by_site=self.natural)
         _check_splits(splits)
-        places = self._natural(records) if self.natural else self._simulated(records, labels, splits, seed)
+        named = records.sites if self.natural else None
+        places = named or self._simulated(records, labels, splits, seed)
         samples = sample_keys(records.patients)
         rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
         for row, (place, split) in enumerate(zip(places, splits, strict=True)):
@@ -95,13 +98,12 @@ class Sites:
     def _all_sites(self) -> int:
         return int(self.count or 0) + (self.held_out is not None)
 
-    def _natural(self, records: Records) -> Sequence[str]:
+    def _check_natural(self, records: Records) -> None:
         if records.sites is None:
             raise DataError("sites=natural: the data name no sites. Set data.site to the column, or choose sites=iid.")
         known = sorted(set(records.sites))
         if self.held_out is not None and self.held_out not in known:
             raise ConfigError(f"sites.held_out: got {self.held_out!r}, need one of {', '.join(known)}, or null.")
-        return records.sites
 
     def _simulated(self, records: Records, labels: dict[str, int], splits: Sequence[str], seed: int) -> Sequence[str]:
         count, images = self._all_sites, Counter(records.patients)
@@ -122,8 +124,8 @@ class Sites:
         found = allocate(cells, images, table, Minima(self.min_images, self.min_class), seed)
         return [f"site-{found[patient] + 1}" for patient in records.patients]
 
-    def _check_sizes(self, sizes: dict[str, dict[str, int]]) -> None:
-        for name, count in sizes.items():
+    def _check_sizes(self, counts: dict[str, dict[str, int]]) -> None:
+        for name, count in counts.items():
             if count["train"] < self.min_images or not count["val"] or not count["test"]:
                 got = ", ".join(f"{count[split]} {split}" for split in SPLITS)
                 cure = "leave the site out of the data list"

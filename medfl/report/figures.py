@@ -108,8 +108,8 @@ def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
 
 
 def short(label: str) -> str:
-    """A name that fits beside a line."""
-    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
+    """A name that fits beside a line; its end is kept, since names often differ only there."""
+    return label if len(label) <= LABEL else f"{label[: LABEL - 5]}…{label[-4:]}"
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -134,7 +134,9 @@ def _label_ends(axes: "Axes", lines: Sequence[Series]) -> None:
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
     heights = spread([(value - low) / (high - low) for _, _, value in ends], gap=0.085)
-    for (line, at, value), height in zip(ends, heights, strict=True):
+    above = max(0.0, *heights, 1.0) - 1.0  # labels pushed out at the top come down together
+    for (line, at, value), pushed in zip(ends, heights, strict=True):
+        height = pushed - above
         axes.annotate(
             short(line.label),
             xy=(at, value),

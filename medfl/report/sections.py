@@ -11,15 +11,11 @@ from medfl.report.summary import Comparison, Estimate, bounds
 from medfl.report.tables import FILES, Run, ordered_sites
 
 CALIBRATION = {
-    "site_id_accuracy": "Site recognised from raw intensities",
-    "accuracy": "Site recognised from raw intensities",
+    "site_accuracy": "Site recognised from raw intensities (balanced accuracy)",
     "chance": "Chance level of that",
-    "chance_level": "Chance level of that",
-    "label_total_variation": "Label total variation",
-    "effective_sites": "Effective number of sites",
+    "label_variation": "Distance of a site's label mix from the pooled one",
+    "effective_sites": "Effective number of sites, by size",
 }
-
-
 LIMITS = {
     "seed": "One run with one seed. The intervals cover the drawing of test patients only; another seed, "
     "split or choice of sites can move the results by more.",
@@ -70,7 +66,7 @@ def sites(run: Run) -> Section:
         }
         for site in run.sites
     ]
-    calibration = [(CALIBRATION.get(k, k.replace("_", " ")), _plain(v)) for k, v in run.calibration.items()]
+    calibration = [(CALIBRATION.get(k, k.replace("_", " ")), _two_digits(v)) for k, v in run.calibration.items()]
     return {"rows": rows, "classes": names, "calibration": calibration, "others": ordered_sites(run)}
 
 
@@ -163,10 +159,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     done = panels.rounds_of(run).get("federated", 0)
     facts = {
         "Method": _named(_node(run, "method"), ()),
-        "Encoder": _named(_node(run, "encoder"), ("layers", "blocks", "depth", "widths", "se_ratio")),
+        "Encoder": _named(_node(run, "encoder"), ("blocks", "base_width", "se_ratio")),
         "Data": _data(_node(run, "data")),
         "Sites": f"{count}" + f", and {unseen} unseen" * bool(unseen) if count else "",
-        "Split into sites": _named(_node(run, "sites"), ("kind", "alpha", "severity")),
+        "Split into sites": ", ".join(_values(_node(run, "sites"), ("alpha", "quantity", "severity", "held_out"))),
         "Federated rounds": f"{done} of {rounds['count']} done" if "count" in rounds else f"{done} done",
         "Steps per site and round": _plain(training["steps"]) if "steps" in training else "",
         "Images per step": _plain(training["batch_size"]) if "batch_size" in training else "",
@@ -177,9 +173,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _stages(run: Run) -> list[tuple[str, str]]:
     """How far the run is, from the files alone."""
-    wanted = _node(run, "rounds").get("count")
     done = panels.rounds_of(run)
-    behind = [arm for arm, count in done.items() if isinstance(wanted, int) and count < wanted]
+    behind = _behind(run, done)
     state = f"not finished: {', '.join(behind)}" if behind else "done"
     arms = dict.fromkeys(score.arm.partition(":")[0] for score in run.scores)
     evaluated = ", ".join(TITLES.get(arm, arm).lower() for arm in arms)
@@ -188,6 +183,14 @@ def _stages(run: Run) -> list[tuple[str, str]]:
         ("Evaluated", evaluated or "nothing yet"),
         ("Transfer matrix", "done" if run.transfers else "not yet"),
     ]
+
+
+def _behind(run: Run, done: Mapping[str, int]) -> list[str]:
+    """Arms that have rounds to go, and kinds of arms that the study names and that have not begun."""
+    wanted, listed = _node(run, "rounds").get("count"), run.config.get("arms")
+    begun = {arm.partition(":")[0] for arm in done}
+    ahead = [str(arm) for arm in listed if arm not in (*begun, "random")] if isinstance(listed, list) else []
+    return [arm for arm, count in done.items() if isinstance(wanted, int) and count < wanted] + ahead
 
 
 def _data(node: Mapping[str, Any]) -> str:
@@ -210,10 +213,17 @@ def _node(run: Run, name: str) -> Mapping[str, Any]:
 
 def _named(node: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """The class that a node names, and those of its arguments that are shown."""
-    if not node:
-        return ""
-    values = [f"{name.replace('_', ' ')} {_plain(node[name])}" for name in arguments if node.get(name) is not None]
-    return ", ".join([str(node.get("_target_", "")).rpartition(".")[2], *values]).lstrip(", ")
+    return (
+        ", ".join([str(node["_target_"]).rpartition(".")[2], *_values(node, arguments)]) if "_target_" in node else ""
+    )
+
+
+def _values(node: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {_plain(node[name])}" for name in names if node.get(name) is not None]
+
+
+def _two_digits(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else _plain(value)
 
 
 def _plain(value: Any) -> str:

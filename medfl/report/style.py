@@ -38,6 +38,7 @@ nav a { display: inline-block; margin: 0 16px 4px 0; text-decoration: none; }
 .box { padding: 12px 16px; border-radius: 8px; background: var(--wash); margin: 14px 0; max-width: none; }
 .box.alarm { background: var(--alarm-wash); color: var(--alarm); font-weight: 600; }
 .box.clear { background: var(--good-wash); color: var(--good); font-weight: 600; }
+.box .remarks { margin: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 4px
   0; }
 .tile { background: var(--wash); border-radius: 8px; padding: 12px 16px; }
@@ -55,6 +56,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.94rem; min-width: 50%; }
 th, td { text-align: right; padding: 7px 14px; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; white-space: nowrap; }
+tbody th { white-space: normal; min-width: 4em; max-width: 16em; overflow-wrap: break-word; }
 thead th { color: var(--muted); font-size: 0.84rem; vertical-align: bottom; }
 th.l, td.l, tbody th { text-align: left; }
 tr > th:first-child { padding-left: 0; }
@@ -100,8 +102,9 @@ ul.limits li { margin: 5px 0; max-width: 84ch; }
   .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 1.5rem; } .opt { display: none; }
   dl { grid-template-columns: 1fr 1fr; } dl.wide { grid-template-columns: 1fr; } .share { width: 110px; }
   table { font-size: 0.82rem; } th, td { padding: 6px 4px; } thead th { font-size: 0.7rem; }
-  td small { white-space: normal; font-size: 0.7rem; min-width: 46px; } .tag { display: table; padding: 0 4px; font-size: 0.62rem; }
-  tbody th { position: sticky; left: 0; background: var(--paper); } table.wrap th { white-space: normal; }
+  td small { white-space: normal; font-size: 0.7rem; min-width: 46px; }
+  .tag { display: table; padding: 0 4px; font-size: 0.62rem; }
+  tbody th { position: sticky; left: 0; background: var(--paper); max-width: 9em; }
   table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
 @media print { nav { display: none; } body { font-size: 11px; } main { max-width: none; padding: 0; }
   section { margin-top: 22px; padding-top: 10px; } .grid { grid-template-columns: repeat(3, 1fr); }

@@ -110,8 +110,8 @@ site{{ "" if arms.over == 1 else "s" }}.</p>
 {% endif %}
 {% if arms.others %}
 <h3>All scores, mean over sites</h3>
-<div class="scroll"><table class="wrap"><thead><tr><th class="l">Score</th>{% for arm in arms.titles %}<th>{{ arm }}</th>
-{% endfor %}<th class="opt">Sites</th></tr></thead><tbody>
+<div class="scroll"><table><thead><tr><th class="l">Score</th>
+{% for arm in arms.titles %}<th>{{ arm }}</th>{% endfor %}<th class="opt">Sites</th></tr></thead><tbody>
 {% for row in arms.others %}
 <tr><th>{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}
 <td class="opt">{{ row.over }}</td></tr>

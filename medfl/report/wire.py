@@ -64,8 +64,9 @@ def verdict(run: Run) -> Verdict:
         return Verdict("open", "There is no record of what left the sites, so nothing can be said about it.")
     up = [row for row in run.crossings if row.direction == "up"]
     if kept := [row for row in up if row.role in STAYS]:
+        count = f"{len(kept)} row{'s' * (len(kept) != 1)}"
         listed = ", ".join(sorted({f"{row.name} ({row.role}, {row.site})" for row in kept})[:8])
-        return Verdict("alarm", f"Alarm: {len(kept)} times a tensor that must stay left its site: {listed}.")
+        return Verdict("alarm", f"Alarm: tensors that must stay at their site left it ({count}): {listed}.")
     if doubt := _doubt(run, up):
         return Verdict("open", doubt)
     present = {row.role for row in up}

@@ -72,8 +72,9 @@ def blur(images: Tensor, taps: Tensor) -> Tensor:
         pad = [0, 0] * (images.ndim - 2)
         pad[2 * (images.ndim - 1 - axis)] = pad[2 * (images.ndim - 1 - axis) + 1] = radius
         padded, side = F.pad(images, pad, mode="replicate"), images.shape[axis]
-        shifted = (padded.narrow(axis, tap, side) * taps[:, tap].view(shape) for tap in range(taps.shape[1]))
-        images = functools.reduce(torch.add, shifted)
+        images = torch.zeros_like(images)
+        for tap in range(taps.shape[1]):
+            images.addcmul_(padded.narrow(axis, tap, side), taps[:, tap].view(shape))
     return images
 
 
@@ -110,5 +111,5 @@ def quantiles(device: torch.device) -> Tensor:
     """The (4096,) float32 midpoint quantiles of the normal distribution, scaled to unit variance."""
     levels = 1 << LEVELS
     middle = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    values = torch.special.ndtri(middle)
+    values: Tensor = torch.special.ndtri(middle)
     return (values / values.square().mean().sqrt()).float().to(device)

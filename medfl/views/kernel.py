@@ -1,9 +1,9 @@
-"""The fused CPU kernel of the views: affine gather, blur, gamma, scale, shift and noise while a line is in cache.
+"""The fused CPU kernel of the views: affine gather, blur, gamma, scale, shift and noise of a row while it is in cache.
 
 It computes what `spatial.resample`, `intensity.blur` and `intensity.adjust` compute, for the same drawn numbers. Rows
 are independent and each is worked on by one thread, so the number of threads changes nothing in the result. The
-threads are Python's (the compiled code releases the GIL): numba's own pool aborts the process when two threads
-enter it at once or after a fork, and a federation does both.
+threads are Python's (the compiled code releases the GIL): numba's portable pool aborts the process when two
+threads enter it at once, as two sites in one process may.
 
 The code is written for the vectoriser: 32-bit numbers throughout, no branches in the inner loops, unsigned indices
 (signed ones cost numba a wrap-around test each), lines padded to whole vectors.
@@ -261,7 +261,7 @@ def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: T
 
 
 def _from_corner(maps: Tensor, size: torch.Size) -> Array:
-    """Maps (R, d, d + 1) about the centre of the grid as (R, 3, 4) about its first voxel; 2D gets an idle first axis."""
+    """Maps (R, d, d + 1) about the grid's centre as (R, 3, 4) about its first voxel; 2D gets an idle first axis."""
     dims = len(size)
     centre = (torch.tensor(size, dtype=torch.float32) - 1) / 2
     affine = torch.zeros(len(maps), 3, 4)

@@ -1,0 +1,102 @@
+"""Timing of contestants against each other on a machine that others use too.
+
+All contestants run in one process, interleaved, in an order that is reversed every other round; what counts is the
+ratio within a round, and of those the median. Single-thread contests take the CPU time of the process, which other
+work on the machine disturbs least; contests of several threads or processes take wall time.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+VERSIONED = ("torch", "numpy", "numba", "monai", "flwr", "medmnist")
+
+
+@dataclass(frozen=True)
+class Race:
+    """Seconds of each contestant in each round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """The median seconds of one contestant."""
+        return median(self.seconds[name])
+
+    def ratio(self, slower: str, faster: str) -> tuple[float, float, float]:
+        """How many times faster `faster` is: median, least and greatest of the rounds' ratios."""
+        ratios = [a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)]
+        return median(ratios), min(ratios), max(ratios)
+
+
+def race(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    least: float = 0.05,
+    clock: Callable[[], float] = time.process_time,
+) -> Race:
+    """Time every contestant once a round, each repeated until `least` seconds of the clock have passed.
+
+    One untimed run of each comes first: it compiles, allocates and fills caches.
+    """
+    repeats: dict[str, int] = {}
+    for name, run in contestants.items():
+        run()
+        repeats[name] = max(1, round(least / max(_once(run, 1, clock), 1e-6)))
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        order = list(contestants)[:: 1 if number % 2 == 0 else -1]
+        for name in order:
+            seconds[name].append(_once(contestants[name], repeats[name], clock))
+    return Race(seconds)
+
+
+def _once(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    """Mean seconds of `repeats` runs in a row."""
+    start = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - start) / repeats
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on: processor, load, threads and versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONED},
+    }
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write(path: Path, result: Mapping[str, object]) -> None:
+    """The result as JSON, folders made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,26 @@
+"""Every method config found on disk, built from the command line's own words."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from medfl import config
+from medfl.methods.base import Method
+
+Build = Callable[..., Method]
+
+
+@pytest.fixture(params=sorted(path.stem for path in (config.CONFIGS / "method").glob("*.yaml")))
+def build(request: pytest.FixtureRequest) -> Build:
+    """`build(dims, *overrides, seed=0)`: the method on a thin encoder for sides of 16, in training mode."""
+
+    def built(dims: int, *overrides: str, seed: int = 0) -> Method:
+        data = ("data=phantom", f"data.spatial_dims={dims}", "data.size=16")
+        encoder = ("encoder=tiny", "encoder.base_width=4")
+        study = config.compose([f"method={request.param}", *data, *encoder, *overrides])
+        torch.manual_seed(seed)
+        method: Method = config.build(study.method)
+        return method.train()
+
+    return built

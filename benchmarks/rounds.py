@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import machine
+from harness import machine
 
 from client.app import app as client
 from medfl import config, stages

@@ -76,7 +76,11 @@ def scores(folder: Path) -> dict[str, dict[str, float]]:
     with (folder / "evaluation.csv").open(newline="") as file:
         for line in csv.DictReader(file):
             arm, _, owner = line["arm"].partition(":")
-            if (line["protocol"], line["metric"]) == ("linear", "auc") and line["value"] and owner in ("", line["site"]):
+            if (
+                (line["protocol"], line["metric"]) == ("linear", "auc")
+                and line["value"]
+                and owner in ("", line["site"])
+            ):
                 found[arm][line["site"]] = float(line["value"])
     return found
 

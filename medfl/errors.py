@@ -1,5 +1,6 @@
 """Every error a user can cause: one sentence saying what was got, what is needed and what to do, and an exit code."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -55,3 +56,10 @@ class InternalError(MedflError):
     """A state that should not occur: a bug, with what is needed to report it."""
 
     exit_code = 70
+
+
+def one_of(name: str, got: object, allowed: Iterable[object]) -> None:
+    """Raise ConfigError unless the value of the configuration key `name` is one of `allowed`."""
+    choices = list(allowed)
+    if got not in choices:
+        raise ConfigError(f"{name}: got {got!r}, need one of {', '.join(map(str, choices))}.")

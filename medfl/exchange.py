@@ -89,6 +89,7 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
             if site.name in found:
                 raise ReplyRefused(f"site '{site.name}': two nodes claim this name. Rename one.")
             found[site.name] = site
+            folder.wire(_enrol_rows(site.name, reply))
         except ReplyRefused as error:
             refused.append((reply, str(error)))
     folder.write(Event("enrol", "", 0, "", "refused", 1.0, text) for _, text in refused)
@@ -96,6 +97,14 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
         reasons = " ".join(text for _, text in refused)
         raise _common([reply for reply, _ in refused], f"no site could take part. {reasons}")
     return [found[name] for name in sorted(found)]
+
+
+def _enrol_rows(site: str, reply: Message) -> Iterator[dict[str, object]]:
+    common = {"round": 0, "site": site, "direction": "up", "arm": "", "stage": "enrol", "role": "metric"}
+    for name in reply.content.metric_records["metrics"]:
+        yield common | {"name": name, "dtype": "float64", "shape": "1", "bytes": 8}
+    for name, value in reply.content.config_records["identity"].items():
+        yield common | {"name": name, "dtype": "text", "shape": "1", "bytes": len(str(value).encode())}
 
 
 def _wait(grid: Grid, expected: int, deadline: float) -> list[int]:

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,15 +45,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with os.fdopen(number, "wb") as file:
+            with draft.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).replace(path)
+            draft.replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 

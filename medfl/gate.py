@@ -177,7 +177,11 @@ def _check_moments(flat: Flat, expected: Expected) -> None:
     tensors = Layout(tuple(s for s in expected.layout.slots if s.group in moments)).unpack(moments)
     for name in (n.removesuffix(".count") for n in tensors if n.endswith(".count")):
         count, total, square = (tensors[f"{name}.{kind}"] for kind in ("count", "sum", "square"))
-        if bool((count < 1).any()) or bool((square * count < total.square() * (1 - 1e-6)).any()):
+        if (
+            bool((count < 1).any())
+            or bool((count != count[0]).any())
+            or bool((square * count < total.square() * (1 - 1e-6)).any())
+        ):
             raise _refuse(expected, f"the moments of '{name}' are of no data: count {float(count.min()):g}.")
 
 

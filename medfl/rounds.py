@@ -15,6 +15,7 @@ from medfl.exchange import Enrolled, Federation, Request, collect
 from medfl.gate import Update
 from medfl.layout import Flat, Layout, Tensors, broadcast_layout, update_layout
 from medfl.messages import PRETRAIN, REFRESH, Order
+from medfl.methods.moments import pool
 from medfl.run_folder import Event
 from medfl.site import new_method
 from medfl.study import Study
@@ -30,6 +31,7 @@ class Blueprint:
     answers: Layout
     sums: Layout
     initial: Flat
+    remarks: Callable[[Mapping[str, float]], list[str]]
 
     @classmethod
     def of(cls, study: Study) -> "Blueprint":
@@ -40,6 +42,7 @@ class Blueprint:
             update_layout(method, norm),
             update_layout(method, norm, parameters=False),
             sends.pack(method.state_dict()),
+            method.remarks,
         )
 
 
@@ -107,7 +110,8 @@ class Server:
         """Running statistics of every pooled norm from sums over the sites; statistics are set, never stepped."""
         tensors = self.tensors()
         for name in (n.removesuffix(".count") for n in sums if n.endswith(".count")):
-            mean, variance = rules.pooled_moments(*(sums[f"{name}.{kind}"] for kind in ("count", "sum", "square")))
+            count = int(sums[f"{name}.count"][0])
+            mean, variance = pool([(count, sums[f"{name}.sum"], sums[f"{name}.square"])])
             tensors[f"{name}.running_mean"].copy_(mean)
             tensors[f"{name}.running_var"].copy_(variance)
 
@@ -193,8 +197,12 @@ def _events(server: Server, updates: Sequence[Update], weights: Sequence[float],
         rows.append(event(update.site, "round/weight", weight))
         rows.append(event(update.site, "round/update_norm", update.norm))
         rows += [event(update.site, name, value) for name, value in sorted(update.metrics.items())]
-    for name in sorted(updates[0].metrics):
-        if name.startswith(("loss/", "monitor/")):
-            values = [update.metrics.get(name, 0.0) * weight for update, weight in zip(updates, weights, strict=True)]
-            rows.append(event("", name, sum(values)))
-    return rows
+    means = {
+        name: sum(update.metrics.get(name, 0.0) * weight for update, weight in zip(updates, weights, strict=True))
+        for name in sorted(updates[0].metrics)
+        if name.startswith(("loss/", "monitor/"))
+    }
+    rows += [event("", name, value) for name, value in means.items()]
+    terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
+    remarks = server.blueprint.remarks(terms)
+    return rows + [Event("pretrain", server.arm, server.round, "", "remark", 1.0, text) for text in remarks]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medfl.errors import ConfigError
 
@@ -69,12 +68,3 @@ def site_weights(volumes: Sequence[int], max_share: float) -> list[float]:
         share[~capped] *= (1 - cap * capped.sum()) / rest if rest else 0.0
         share[capped] = cap
     return [float(value) for value in share]
-
-
-def pooled_moments(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance from sums over all sites: the law of total variance, in float64.
-
-    Averaging the sites' variances would lose the variance between them.
-    """
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(0.0)

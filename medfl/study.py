@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_args, get_origin
 
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, one_of
 
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
 
 STAGES = ("pretrain", "evaluate", "transfer", "report")
+PROTOCOLS = ("linear", "knn", "classifier")
 ARMS = ("random", "local", "federated", "central")
 
 
@@ -103,15 +104,19 @@ class Study:
     source: str
 
     def __post_init__(self) -> None:
-        _choose("stages", self.stages, STAGES)
-        _choose("arms", self.arms, ARMS)
-        _choose("training.optimizer_state", [self.training.optimizer_state], ("reset", "keep"))
-        _choose("training.precision", [self.training.precision], ("auto", "fp32", "bf16"))
-        _choose("training.channels_last", [self.training.channels_last], ("auto", "always", "never"))
-        _choose("training.device", [self.training.device], ("auto", "cpu", "cuda"))
-        _choose("rounds.carrier", [self.rounds.carrier], ("inprocess", "ray"))
-        _choose("rounds.norm", [self.rounds.norm], ("pooled", "local_statistics", "local"))
-        _choose("evaluation.protocols", self.evaluation.protocols, ("linear", "knn", "classifier"))
+        for name, got, allowed in (
+            ("stages", self.stages, STAGES),
+            ("arms", self.arms, ARMS),
+            ("evaluation.protocols", self.evaluation.protocols, PROTOCOLS),
+        ):
+            for value in got:
+                one_of(name, value, allowed)
+        one_of("training.optimizer_state", self.training.optimizer_state, ("reset", "keep"))
+        one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
+        one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
+        one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
+        one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "ray"))
+        one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
         for name, value in {
             "training.steps": self.training.steps,
             "training.batch_size": self.training.batch_size,
@@ -123,9 +128,3 @@ class Study:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")
         if not 0 < self.rounds.quorum <= 1:
             raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")
-
-
-def _choose(name: str, got: Any, allowed: tuple[str, ...]) -> None:
-    for value in got:
-        if value not in allowed:
-            raise ConfigError(f"{name}: got {value!r}, need one of {', '.join(allowed)}.")

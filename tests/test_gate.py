@@ -181,4 +181,3 @@ def test_random_bytes_never_pass_nor_crash(data: bytes, role: str) -> None:
         content.array_records[role][name] = Array(array.dtype, array.shape, RAW, data)
         with pytest.raises(ReplyRefused, match="shape, bytes"):
             admit(reply(content), expected())
-

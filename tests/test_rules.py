@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medfl.errors import ConfigError
-from medfl.rules import pooled_moments, site_weights, trimmed_mean, uniform_mean, weighted_mean
+from medfl.rules import site_weights, trimmed_mean, uniform_mean, weighted_mean
 
 VOLUMES = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
 
@@ -63,22 +62,3 @@ def test_shares_sum_to_one_and_respect_the_cap(volumes: list[int], cap: float) -
 
 def test_uncapped_shares_are_proportional() -> None:
     assert site_weights([100, 300, 400], 1.0) == pytest.approx([0.125, 0.375, 0.5])
-
-
-def test_pooled_moments_are_those_of_the_pooled_data() -> None:
-    sites = [torch.randn(n, 6, dtype=torch.float64) * (1 + i) + 3 * i for i, n in enumerate((40, 7, 111))]
-    sums = [torch.stack([s.new_full((6,), len(s)), s.sum(0), s.square().sum(0)]) for s in sites]
-    mean, variance = pooled_moments(*sum(sums[1:], sums[0]))
-    whole = torch.cat(sites)
-    torch.testing.assert_close(mean, whole.mean(0))
-    torch.testing.assert_close(variance, whole.var(0, unbiased=False))
-
-
-def test_constant_sites_of_different_means_have_between_site_variance() -> None:
-    count, total, square = (
-        torch.tensor([20.0]),
-        torch.tensor([10 * 1.0 + 10 * 3.0]),
-        torch.tensor([10 * 1.0 + 10 * 9.0]),
-    )
-    mean, variance = pooled_moments(count, total, square)
-    assert (mean.item(), variance.item()) == pytest.approx((2.0, 1.0))

@@ -23,7 +23,7 @@ class Progress:
         self.trains = "pretrain" in stages
         self.done = 0
         self.began = time.monotonic()
-        self.last = ""
+        self.said: set[tuple[str, str]] = set()
         self.bars = Bars(
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=24),
@@ -48,8 +48,8 @@ class Progress:
         """Follow one event of the run folder."""
         if event.name == "refused":
             self.console.print(f"[yellow]refused[/] {event.stage} round {event.round}: {event.reason}", soft_wrap=True)
-        elif event.name == "checkpoint/damaged":
-            self.console.print(f"[yellow]checkpoint[/] {event.reason}", soft_wrap=True)
+        elif event.name in ("checkpoint/damaged", "remark"):
+            self._remark(event)
         elif event.stage == "enrol" and event.name == "site/train":
             self.arms += 1
             rounds = _trained_arms(self.study, self.arms - 1) * self.study.rounds.count
@@ -57,10 +57,14 @@ class Progress:
         elif event.stage == "pretrain" and event.name == "loss/total" and not event.site:
             self._round(event)
 
+    def _remark(self, event: Event) -> None:
+        """Once for each arm and text: what holds in one round mostly holds in the next."""
+        if (event.arm, event.name) not in self.said:
+            self.said.add((event.arm, event.name))
+            self.console.print(f"[yellow]note[/] {event.arm}, round {event.round}: {event.reason}", soft_wrap=True)
+
     def _round(self, event: Event) -> None:
         self.done += 1
-        if event.arm != self.last:
-            self.last, self.began = event.arm, self.began or time.monotonic()
         total = self.bars.tasks[0].total or 1
         left = (time.monotonic() - self.began) / self.done * max(0.0, total - self.done)
         note = f"round {event.round}/{self.study.rounds.count}  loss {event.value:.3f}  {_minutes(left)} left"

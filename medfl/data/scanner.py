@@ -86,6 +86,12 @@ class Site:
     coefficients: Tensor  # (P,) in [-1, 1]
 
 
+def title(name: str, spatial_dims: int) -> str:
+    """What to call a profile: its letter and what it does; other names stay as they are."""
+    known = PLANAR if spatial_dims == 2 else VOLUMETRIC
+    return f"{name} ({known[name].title})" if name in known else name
+
+
 def find(name: str, spatial_dims: int, channels: int) -> Profile:
     """The profile of that letter for 2D or 3D.
 

@@ -227,7 +227,7 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
             "name": site.name,
             **{split: len(getattr(site, split)) for split in SPLITS},
             "classes": {name: int((site.train.labels == i).sum()) for i, name in enumerate(site.classes)},
-            "profile": site.profile,
+            "profile": scanner.title(site.profile, len(site.spacing)),
             "held_out": site.held_out,
         }
         for site in sites

@@ -63,6 +63,11 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step: moving averages, queues."""
 
+    def remarks(self, means: Mapping[str, float]) -> list[str]:
+        """What a study lead should know of a round, from its mean terms and monitors; nothing by default."""
+        del means
+        return []
+
     def observe(self, images: Tensor, progress: float) -> Tensor:
         """Features (B, F), without gradient, after every batch norm of the method has seen `images`.
 

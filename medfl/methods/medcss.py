@@ -4,13 +4,14 @@ Self-supervised:  L = NT-Xent(g(z4)) + λ_align JS(φ3(z3), φ4(z4)) + λ_crr Re
 Supervised:       L = cross-entropy(W z4, y) + the same two terms (eq. 11)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, one_of
 from medfl.methods.base import Claim, Method, Role
 from medfl.methods.medcss_losses import (
     alignment,
@@ -23,10 +24,11 @@ from medfl.methods.medcss_losses import (
 from medfl.methods.simclr import nt_xent, positive, stacked
 from medfl.models.encoders import ResNet
 from medfl.models.heads import MLP
-from medfl.models.layers import one_of, pooled
+from medfl.models.layers import pooled
 
 LEAST_ROWS = 32  # below, both coding rates sit at their rank limit and the hinge says nothing
 LEAST_HISTOGRAM_ROWS = 64
+INERT = 1e-3  # nats; an alignment below it in both of its monitors carries no information
 PREFIX = ("stem", "layer1", "layer2")
 
 
@@ -177,6 +179,19 @@ class MedCSS(Method):
             raise ValueError(f"classify: objective={self.objective} has no classifier, need objective=supervised.")
         logits: Tensor = self.classifier(self.encoder(images))
         return logits
+
+    def remarks(self, means: Mapping[str, float]) -> list[str]:
+        """Terms that did nothing in a whole round: a hinge that was never active, an alignment without information."""
+        found = []
+        if self.crr.weight > 0 and means.get("crr_active", 1.0) == 0:
+            found.append(
+                f"the coding-rate term was inactive in every step (direction={self.crr.direction}, "
+                f"R3 {means['rate3']:.2f}, R4 {means['rate4']:.2f} nats): this round it had no effect."
+            )
+        spread = means.get("entropy_marginal", 1.0) - means.get("entropy_mean", 0.0)
+        if self.align.weight > 0 and means.get("js", 1.0) < INERT and spread < INERT:
+            found.append(f"the alignment term is inert (JS {means['js']:.1e}, entropy spread {spread:.1e} nats).")
+        return found
 
     def observe(self, images: Tensor, progress: float) -> Tensor:
         """Features (B, F) of un-augmented images through encoder and heads; with batch norm B >= 2."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medfl.errors import ConfigError
-from medfl.models.layers import convolution, max_pool, normalization, one_of, pooled
+from medfl.errors import ConfigError, one_of
+from medfl.models.layers import convolution, max_pool, normalization, pooled
 
 STEMS = {"imagenet": (7, 2, True), "small": (7, 2, False), "none": (7, 1, False), "medmnist": (3, 1, False)}
 

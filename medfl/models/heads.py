@@ -4,8 +4,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from medfl.errors import ConfigError
-from medfl.models.layers import one_of
+from medfl.errors import ConfigError, one_of
 
 
 class MLP(nn.Sequential):

@@ -1,11 +1,7 @@
 """Layers by number of spatial dimensions: one code for 1D features, 2D images and 3D volumes."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
-
-from medfl.errors import ConfigError
 
 _CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOLS: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -18,13 +14,6 @@ _INSTANCE_NORMS: dict[int, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = 
     2: nn.InstanceNorm2d,
     3: nn.InstanceNorm3d,
 }
-
-
-def one_of(name: str, got: object, allowed: Iterable[object]) -> None:
-    """Raise ConfigError unless the value of the configuration key `name` is one of `allowed`."""
-    choices = list(allowed)
-    if got not in choices:
-        raise ConfigError(f"{name}: got {got!r}, need one of {', '.join(map(str, choices))}.")
 
 
 def convolution(inputs: int, outputs: int, *, kernel: int, stride: int, dims: int) -> nn.Module:

@@ -18,6 +18,10 @@ from medfl.errors import ConfigError
 from medfl.study import Evaluation, Node, Rounds, Study, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SECTIONS = (
+    *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
+    *("training", "rounds", "rule", "server_optimizer", "evaluation"),
+)
 BUILDABLE = ("medfl.data", "medfl.views", "medfl.models", "medfl.methods", "medfl.optimizers", "medfl.rules")
 
 
@@ -72,24 +76,10 @@ def parse(text: str) -> Study:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the study is not valid YAML: {error}. Send the file that medfl wrote.") from None
-    names = (
-        "seed",
-        "stages",
-        "arms",
-        "run",
-        "data",
-        "sites",
-        "views",
-        "encoder",
-        "method",
-        "training",
-        "rounds",
-    )
-    names = (*names, "rule", "server_optimizer", "evaluation")
     if not isinstance(tree, dict):
         raise ConfigError("the study must be a mapping of sections. Send the file that medfl wrote.")
-    if odd := sorted(set(names) ^ tree.keys()):
-        state = "has no" if odd[0] in names else "has an unknown"
+    if odd := sorted(set(SECTIONS) ^ tree.keys()):
+        state = "has no" if odd[0] in SECTIONS else "has an unknown"
         raise ConfigError(f"the study {state} section {odd[0]!r}. Send the file that medfl wrote.")
     if type(tree["seed"]) is not int:
         raise ConfigError(f"seed: got {tree['seed']!r}, need an integer.")

@@ -64,8 +64,8 @@ def admit(reply: Message, expected: Expected) -> Update:
     """The update in `reply`.
 
     Raises:
-        ReplyRefused: the reply is an error, stale, of another site or layout, has missing, extra, reshaped, oversized or
-            non-finite tensors, an update beyond the norm limits, or numbers that are not on the list.
+        ReplyRefused: the reply is an error, stale, of another site or layout, has missing, extra, reshaped, oversized
+            or non-finite tensors, an update beyond the norm limits, or numbers that are not on the list.
     """
     if reply.has_error():
         raise ReplyRefused(

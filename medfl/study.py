@@ -104,13 +104,13 @@ class Study:
     source: str
 
     def __post_init__(self) -> None:
-        for name, got, allowed in (
+        for key, got, allowed in (
             ("stages", self.stages, STAGES),
             ("arms", self.arms, ARMS),
             ("evaluation.protocols", self.evaluation.protocols, PROTOCOLS),
         ):
-            for value in got:
-                one_of(name, value, allowed)
+            for item in got:
+                one_of(key, item, allowed)
         one_of("training.optimizer_state", self.training.optimizer_state, ("reset", "keep"))
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))

@@ -16,6 +16,7 @@ from medfl.messages import RAW, Answer, to_array
 from medfl.methods.base import Claim, Role
 from medfl.rules import site_weights, weighted_mean
 
+ONES = np.ones(4, np.float32)
 P, M = Claim(Role.PARAMETER), Claim(Role.NORM_MOMENTS)
 LAYOUT = Layout.of(
     [
@@ -107,7 +108,7 @@ MALFORMED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "no tensors": (lambda c: c.array_records.clear(), "is missing"),
     "missing role": (lambda c: c.array_records.__delitem__("norm_moments"), "'norm_moments/all/float64' is missing"),
     "missing array": (lambda c: c.array_records["parameter"].clear(), "'parameter/all/float32' is missing"),
-    "extra role": (lambda c: c.array_records.update({"queue": ArrayRecord({"all/float32": to_array(np.ones(4, "f4"))})}),
+    "extra role": (lambda c: c.array_records.update({"queue": ArrayRecord({"all/float32": to_array(ONES)})}),
                    "'queue/all/float32' is unexpected"),
     "extra array": (lambda c: c.array_records["parameter"].update({"x/float32": to_array(np.ones(4, "f4"))}),
                     "'parameter/x/float32' is unexpected"),

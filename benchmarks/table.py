@@ -3,7 +3,8 @@
     python benchmarks/table.py --data DIR [--seeds 0 1 2] [--sets breast adrenal3d ...] [--runs runs/table]
 
 DIR holds medmnist/, medmnist_rebuilt/ and covid_cxr/. Each run is one `medfl simulate` whose command is printed; a
-finished run is not repeated, an interrupted one goes on. All arms of a run see equal numbers of samples. A mean is over the sites where every arm has a value.
+finished run is not repeated, an interrupted one goes on. All arms of a run see equal numbers of samples. A mean is over
+the sites where every arm has a value.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from medfl.cli.main import main
 from tests.federation.small import SMALL, digest
 
 
-def folder_of_images(root: Path, *, sites: int = 2, each: int = 14, mode: str = "L") -> list[str]:
+def folder_of_images(root: Path, *, sites: int = 2, each: int = 26, mode: str = "L") -> list[str]:
     """Patients of two classes at natural sites, and the overrides that read them."""
     root.mkdir(parents=True, exist_ok=True)
     rows = ["file,finding,who,where"]
@@ -49,7 +49,7 @@ def small_overrides(root: Path, *extra: str) -> list[str]:
         (lambda root: ["data.datalist=other.csv"], 10, "other.csv"),
         (lambda root: ["data.label=findings"], 10, "finding"),
         (lambda root: (root / "images/s0p3.png").write_bytes(b"\x89PNG broken") and [], 10, "s0p3.png"),
-        (lambda root: ["data.channels=3"], 10, "channel"),
+        (lambda root: folder_of_images(root / "images", mode="RGB")[:1], 10, "channel"),
         (lambda root: ["training.stps=3"], 3, "training.steps"),
         (lambda root: ["sites.min_images=500"], 10, "site"),
         (lambda root: ["training.device=cuda"], 30, "shows no CUDA device"),
@@ -94,7 +94,7 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(tmp_path: Path
         )
 
     assert simulate(done).returncode == 0
-    stopped = simulate(full, limit=(done / "model.safetensors").stat().st_size - 1)
+    stopped = simulate(full, limit=(done / "checkpoints/round-0002/state.safetensors").stat().st_size - 1)
     assert stopped.returncode == 30, stopped.stderr
     assert "resume=true" in stopped.stderr
     assert "Traceback" not in stopped.stderr

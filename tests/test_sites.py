@@ -271,7 +271,7 @@ def test_pool_and_description_leave_the_unseen_site_out_and_name_nobody(records:
     assert central.train.masks is not None
     assert set(central.test.patients).isdisjoint(sites[-1].test.patients)
     described = describe(sites, calibration(sites, 0))
-    assert [row["profile"] for row in described["sites"]] == ["A", "B", "C", "D", "U"]
+    assert [row["profile"][0] for row in described["sites"]] == ["A", "B", "C", "D", "U"]
     first = described["sites"][0]
     assert sum(first["classes"].values()) == first["train"] == len(sites[0].train)
     assert set(described["calibration"]) == {"site_accuracy", "chance", "label_variation", "effective_sites"}

@@ -98,8 +98,11 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     from medfl.data.calibration import calibration
     from medfl.data.sites import describe
     from medfl.site import sites_of
+    from medfl.training import Device
     from server.app import app as server
 
+    plan = study.training
+    Device.choose(plan.device, plan.precision, plan.channels_last)  # refuse before anything is loaded or written
     console = Console(highlight=False)
     sites = sites_of(study)
     folder = RunFolder.create(Path(study.run_dir), study.source + _provenance(command), resume=resume)
@@ -109,7 +112,7 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     # One node more than sites: the place with all data, where the central arm trains.
     asked: dict[str, str | int] = {"study": study.source, "stages": ",".join(stages), "sites": len(sites) + 1}
     with Progress(console, study, stages) as progress, RunFolder.watched(progress.show):
-        carry(server, client, asked, carrier=study.rounds.carrier, threads=study.training.threads)
+        carry(server, client, asked, carrier=study.rounds.carrier, threads=plan.threads)
     console.print(summary(folder))
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from medfl.errors import one_of
+
 _CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOLS: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _BATCH_NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {

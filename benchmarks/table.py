@@ -20,7 +20,8 @@ BUDGET = ("method=medcss", "encoder=tiny", "rounds.count=5", "training.steps=30"
 SETS: Mapping[str, tuple[str, ...]] = {
     "breast": ("data=medmnist", "data.name=breastmnist", "data.root={data}/medmnist", "sites=hospital"),
     "pneumonia": ("data=medmnist", "data.name=pneumoniamnist", "data.root={data}/medmnist_rebuilt", "sites=hospital"),
-    "adrenal3d": ("data=medmnist", "data.name=adrenalmnist3d", "data.root={data}/medmnist", "sites=hospital"),
+    "adrenal3d": ("data=medmnist", "data.name=adrenalmnist3d", "data.root={data}/medmnist", "sites=hospital",
+                  "training.steps=10", "training.batch_size=32", "training.precision=bf16"),
     "chest-xray": (
         "data=folder", "data.root={data}/covid_cxr", "data.datalist=metadata.csv", "data.image=file", "data.label=sex",
         "data.patient=patientid", "data.site=site", "data.size=64", "sites=natural",
@@ -37,8 +38,8 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=Path("runs/table"))
     options.add_argument("overrides", nargs="*")
     given = options.parse_intermixed_args()
-    for seed in given.seeds:
-        for name in given.sets:
+    for name in given.sets:
+        for seed in given.seeds:
             simulate(name, seed, given.data, given.runs, given.overrides)
     print("| set | sites | " + " | ".join(ARMS) + " |\n|---|---|" + "---|" * len(ARMS))
     for name in given.sets:
@@ -50,7 +51,7 @@ def simulate(name: str, seed: int, data: Path, runs: Path, overrides: list[str])
     folder = runs / f"{name}-{seed}"
     if (folder / "report.html").exists():
         return
-    words = [word.format(data=data) for word in SETS[name]] + [*BUDGET, f"seed={seed}", f"run.dir={folder}", *overrides]
+    words = [*BUDGET, *(word.format(data=data) for word in SETS[name]), f"seed={seed}", f"run.dir={folder}", *overrides]
     words += ["resume=true"] if (folder / "config.yaml").exists() else []
     print(f"medfl simulate {shlex.join(words)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "medfl.cli.main", "simulate", *words], stdout=subprocess.DEVNULL)

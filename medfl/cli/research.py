@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -147,18 +148,21 @@ def _print_choices() -> None:
     print("Choices:")
     for group in sorted(path for path in config.CONFIGS.iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
         print(f"  {group.name:17} {' | '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
-    print("\nAny key of the study can be set, such as rounds.count=10 training.lr=0.001; all of them: --cfg job")
+    print(
+        "\nAny key of the study can be set, such as rounds.count=10 training.optimizer.lr=3e-4; all of them: --cfg job"
+    )
 
 
 def _through_hydra(words: Sequence[str]) -> None:
-    """--cfg, --info and --multirun are Hydra's own; each job runs the same study as without them."""
+    """--cfg, --info and --multirun are Hydra's own; each job is the plain command in its own process."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     @hydra.main(version_base="1.3", config_path=str(config.CONFIGS), config_name="study")
     def job(_: object) -> None:
-        overrides = list(HydraConfig.get().overrides.task)
-        simulate(overrides)
+        command = [sys.executable, "-m", "medfl.cli.main", "simulate", *HydraConfig.get().overrides.task]
+        if code := subprocess.run(command, check=False).returncode:  # noqa: S603
+            raise SystemExit(code)
 
     sys.argv = ["medfl simulate", *words]
     job()

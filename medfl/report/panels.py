@@ -55,7 +55,9 @@ def losses(run: Run) -> list[Gallery]:
     """One gallery per loss term, `total` first; one figure per kind of arm."""
     names = {name.removeprefix("loss/") for name, _, _ in run.lines if name.startswith("loss/")}
     order = sorted(names, key=lambda name: (name != "total", name))
-    found = [_gallery(run, f"loss/{name}", f"Loss: {name.replace('_', ' ')}", "loss", "") for name in order]
+    found = [
+        _gallery(run, f"loss/{name}", "Loss" if name == "total" else name.replace("_", " "), "", "") for name in order
+    ]
     return [gallery for gallery in found if gallery.figures]
 
 

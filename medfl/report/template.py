@@ -80,7 +80,11 @@ TRAINING = """
 <section id="training"><h2>Training</h2>
 {% if losses or pace %}
 <p class="note">By round. Panels of one loss share their scale. Losses are means over a round's steps.</p>
-{% for part in losses + pace %}{{ gallery(part) }}{% endfor %}
+{% for part in losses[:1] + pace %}{{ gallery(part) }}{% endfor %}
+{% if losses[1:] %}
+<details><summary>The terms of the loss and the method's own monitors</summary>
+{% for part in losses[1:] %}{{ gallery(part) }}{% endfor %}</details>
+{% endif %}
 {% else %}
 {{ absent("No round of pretraining is recorded yet (metrics.jsonl).") }}
 {% endif %}
@@ -249,9 +253,9 @@ HEAD = """<!doctype html>
 
 CONTENTS = (
     ("sites", "Sites"),
-    ("training", "Training"),
     ("arms", "Results by arm"),
     ("transfer", "Transfer"),
+    ("training", "Training"),
     ("collapse", "Collapse monitors"),
     ("wire", "What left each site"),
     ("refusals", "Refusals"),
@@ -259,5 +263,5 @@ CONTENTS = (
     ("limits", "Limits"),
 )
 PAGE = "".join(
-    (MACROS, HEAD, CARD, SITES, TRAINING, ARMS, TRANSFER, COLLAPSE, WIRE, CLOSING, "</main></body></html>\n")
+    (MACROS, HEAD, CARD, SITES, ARMS, TRANSFER, TRAINING, COLLAPSE, WIRE, CLOSING, "</main></body></html>\n")
 )

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medfl import config
 from medfl.data import scanner
 from medfl.data.calibration import calibration, statistics
 from medfl.data.phantom import Phantom
@@ -30,7 +31,8 @@ def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
 
 
 def preset(name: str, /, **changes: Any) -> Sites:
-    return Sites(**node("sites", name, **changes))
+    chosen = {key: value for key, value in config.compose([f"sites={name}"]).sites.items() if key != "_target_"}
+    return Sites(**(chosen | changes))
 
 
 @pytest.fixture(scope="module")

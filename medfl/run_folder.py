@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
+
 from medfl.errors import ConfigError
 from medfl.files import room_for, write_bytes
 
@@ -74,7 +76,7 @@ class RunFolder:
         file = path / "config.yaml"
         if file.exists() and not resume:
             raise ConfigError(f"{path} holds a run already. Add resume=true to go on with it, or run.dir=OTHER.")
-        if file.exists() and _study_part(file.read_text()) != _study_part(config):
+        if file.exists() and _study(file.read_text()) != _study(config):
             raise ConfigError(
                 f"{path} holds another study than this command's. Repeat its own overrides, or run.dir=OTHER."
             )
@@ -96,7 +98,11 @@ class RunFolder:
         return cls(path)
 
     def config(self) -> str:
-        return _study_part((self.path / "config.yaml").read_text())
+        """The study, with this folder as its place: a run may have been moved since it was made."""
+        study = yaml.safe_load((self.path / "config.yaml").read_text())
+        study.pop("provenance", None)
+        study["run"]["dir"] = str(self.path)
+        return yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
 
     def arm(self, arm: str) -> Path:
         """The folder of an arm; the federated one is the run itself."""
@@ -165,6 +171,6 @@ def _csv(columns: Sequence[str], rows: Iterable[Row], *, header: bool) -> str:
     return text.getvalue()
 
 
-def _study_part(config: str) -> str:
-    """config.yaml without its provenance, which names the command and time of the first start."""
-    return config.partition("\nprovenance:")[0].rstrip("\n") + "\n"
+def _study(config: str) -> dict[str, Any]:
+    """What makes a study: all of config.yaml but its place and its provenance."""
+    return {name: part for name, part in yaml.safe_load(config).items() if name not in ("run", "provenance")}

@@ -113,6 +113,13 @@ def test_the_whole_way_from_folder_to_exported_encoder(tmp_path: Path, capsys: p
     run = tmp_path / "run"
     for name in ("config.yaml", "metrics.jsonl", "evaluation.csv", "transfer.csv", "wire.csv", "report.html"):
         assert (run / name).stat().st_size > 0, name
+    before = digest(run / "evaluation.csv")
+    run = run.rename(tmp_path / "moved")
+    for command in ("evaluate", "transfer", "report"):  # on a finished run, wherever it lies: nothing is done twice
+        assert main([command, str(run)]) == 0
+    assert digest(run / "evaluation.csv") == before
+    assert not (tmp_path / "run").exists()
+    capsys.readouterr()
     assert main(["export", str(run), f"to={tmp_path / 'out'}"]) == 0
     assert "[1, 16, 16] image" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "encoder.json").read_text())

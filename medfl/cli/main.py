@@ -1,5 +1,6 @@
 """The `medfl` command. One file per user beside this one; errors are one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedflError as error:
         print(f"medfl {words[0]}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in FULL:
             raise

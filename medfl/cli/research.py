@@ -16,25 +16,29 @@ from rich.console import Console
 from medfl import config
 from medfl.cli.main import run_argument
 from medfl.cli.progress import Progress, sites_table, summary
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, one_of
 from medfl.files import write_bytes
 from medfl.run_folder import RunFolder
 from medfl.study import Study
 
-HYDRA_FLAGS = ("--multirun", "-m", "--cfg", "-c", "--info", "-i", "--package", "-p")
+HYDRA_FLAGS = ("--multirun", "-m", "--info", "-i")
 
 
 def simulate(words: Sequence[str]) -> None:
     """Pretrain over simulated hospitals, evaluate at each, and write the report.
 
     medfl simulate [key=value ...]           for example method=simclr data=medmnist data.name=adrenalmnist3d
-    medfl simulate --cfg job                 print the resolved study
+    medfl simulate --cfg job                 print the resolved study, as it travels to the sites
+    medfl simulate --cfg flwr                the same as a file for `flwr run -c`
     medfl simulate --multirun seed=0,1,2     one run after another
     """
     if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
         _through_hydra(words)
         return
     if _wants_help(simulate, words):
+        return
+    if "--cfg" in words:
+        _print_study(words)
         return
     study, resume = config.compose(words), _resumes(words)
     _run(study, study.stages, resume, command=f"medfl simulate {shlex.join(words)}".strip())
@@ -144,6 +148,14 @@ def _wants_help(command: object, words: Sequence[str]) -> bool:
     return True
 
 
+def _print_study(words: Sequence[str]) -> None:
+    place = list(words).index("--cfg")
+    kind, rest = " ".join(words[place + 1 : place + 2]), [*words[:place], *words[place + 2 :]]
+    one_of("--cfg", kind, ("job", "flwr"))
+    source = config.compose([word for word in rest if word != "--resolve"]).source
+    print(source if kind == "job" else f"study = '''\n{source}'''\nsites = 0", end="" if kind == "job" else "\n")
+
+
 def _print_choices() -> None:
     print("Choices:")
     for group in sorted(path for path in config.CONFIGS.iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
@@ -154,7 +166,7 @@ def _print_choices() -> None:
 
 
 def _through_hydra(words: Sequence[str]) -> None:
-    """--cfg, --info and --multirun are Hydra's own; each job is the plain command in its own process."""
+    """--info and --multirun are Hydra's own; each job is the plain command in its own process."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 

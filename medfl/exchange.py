@@ -173,6 +173,7 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
             folder.wire(_rows(request, site.name, "up", expected.layout, update.metrics))
         except ReplyRefused as error:
             refused.append((reply, site.name if site else "", str(error)))
+            folder.wire(_refused_rows(request, refused[-1][1], reply))
     stage, order = request.stage, request.order
     folder.write(Event(stage, order.arm, order.round, name, "refused", 1.0, text) for _, name, text in refused)
     need = math.ceil(limits.quorum * len(sites))
@@ -225,6 +226,25 @@ def _rows(
     if direction == "down":
         size = len(order.study.encode())
         yield common | {"name": "study", "role": "order", "dtype": "text", "shape": str(size), "bytes": size}
+
+
+def _refused_rows(request: Request, site: str, reply: Message) -> Iterator[dict[str, object]]:
+    """What a refused reply held: it crossed the border all the same."""
+    records = {} if reply.has_error() else reply.content.array_records
+    for role, arrays in records.items():
+        for name, array in arrays.items():
+            yield {
+                "round": request.order.round,
+                "site": site,
+                "direction": "up",
+                "name": f"refused: {name[:80]}",
+                "role": role[:40],
+                "dtype": array.dtype[:20],
+                "shape": "x".join(map(str, array.shape))[:80],
+                "bytes": len(array.data),
+                "arm": request.order.arm,
+                "stage": request.stage,
+            }
 
 
 def _common(replies: Sequence[Message], text: str) -> MedflError:

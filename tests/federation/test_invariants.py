@@ -159,6 +159,29 @@ def test_a_failing_site_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert trained == {"site-1", "site-3"}
 
 
+def test_a_refused_reply_is_on_the_wire_record_with_what_it_held(tmp_path: Path) -> None:
+    study = small_study(tmp_path, "sites.count=3", "arms=[federated]", "rounds.count=1")
+
+    class Leaking(InProcessGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            for reply in replies:
+                identity = reply.content.config_records["identity"]
+                if identity["site"] == "site-2" and "parameter" in reply.content.array_records:
+                    reply.content.array_records["queue"] = reply.content.array_records["parameter"].copy()
+            return replies
+
+    folder = RunFolder.create(Path(study.run_dir), study.source, resume=True)
+    asked: dict[str, str | int] = {"study": study.source, "stages": "pretrain", "sites": 4}
+    server(Leaking(client, 4), Context(1, 1, {}, RecordDict(), dict(asked)))
+    with (folder.path / "wire.csv").open(newline="") as file:
+        leaked = [row for row in csv.DictReader(file) if row["role"] == "queue"]
+    assert [(row["site"], row["direction"], row["name"]) for row in leaked] == [
+        ("site-2", "up", "refused: all/float32")
+    ]
+    assert [e["site"] for e in folder.events() if e["name"] == "round/weight"] == ["site-1", "site-3"]
+
+
 def test_a_repeated_round_gives_the_same_reply(tmp_path: Path) -> None:
     study = small_study(tmp_path, "rounds.norm=local", "training.optimizer_state=keep", "arms=[federated]")
     kept: list[tuple[bytes, bytes]] = []

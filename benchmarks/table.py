@@ -21,10 +21,10 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "breast": ("data=medmnist", "data.name=breastmnist", "data.root={data}/medmnist", "sites=hospital"),
     "pneumonia": ("data=medmnist", "data.name=pneumoniamnist", "data.root={data}/medmnist_rebuilt", "sites=hospital"),
     "adrenal3d": ("data=medmnist", "data.name=adrenalmnist3d", "data.root={data}/medmnist", "sites=hospital",
-                  "training.steps=8", "training.batch_size=32"),
+                  "rounds.count=4", "training.steps=6", "training.batch_size=32"),
     "chest-xray": (
         "data=folder", "data.root={data}/covid_cxr", "data.datalist=metadata.csv", "data.image=file", "data.label=sex",
-        "data.patient=patientid", "data.site=site", "data.size=64", "sites=natural",
+        "data.patient=patientid", "data.site=site", "data.size=64", "sites=natural", "training.steps=20",
     ),
 }  # fmt: skip
 ARMS = ("random", "local", "federated", "central")

@@ -87,6 +87,7 @@ def test_the_total_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(got["total"], got["nt_xent"] + 0.7 * got["align"] + 0.3 * got["crr"])
     assert got.keys() == {
         "total", "nt_xent", "align", "crr", "js", "entropy_marginal", "entropy_mean", "rate3", "rate4", "crr_active",
+        "crr_off",
     }  # fmt: skip
     assert [name for name, value in got.items() if value.requires_grad] == ["total"]
     assert all(value.dim() == 0 for value in got.values())
@@ -211,24 +212,21 @@ def test_half_precision_training_gives_finite_float32_losses() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.trainable())
 
 
-@pytest.mark.parametrize(
-    ("align", "crr", "images", "message"),
-    [
-        ({}, {}, 15, r"method.crr.weight > 0: got 30 feature rows in a batch, need at least 32. .* to 16 \(32"),
-        (
-            {"estimator": "histogram"},
-            {"weight": 0.0},
-            31,
-            "histogram: got 62 feature rows in a batch, need at least 64",
-        ),
-    ],
-)
-def test_batches_too_small_for_a_term_are_refused(
-    align: dict[str, Any], crr: dict[str, Any], images: int, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        medcss(align, crr)(pair(images), 0.0)
-    medcss({"weight": 0.0}, {"weight": 0.0})(pair(2), 0.0)  # the contrastive loss needs no more
+def test_the_histogram_estimator_refuses_small_batches() -> None:
+    with pytest.raises(ConfigError, match="histogram: got 62 feature rows in a batch, need at least 64"):
+        medcss({"estimator": "histogram"}, {"weight": 0.0})(pair(31), 0.0)
+
+
+@pytest.mark.parametrize("images", [15, 16])
+def test_the_coding_rate_is_off_in_small_batches_and_says_so(images: int) -> None:
+    method = medcss({"weight": 0.0}, {"weight": 5.0, "direction": "text"})
+    losses = method(pair(images), 0.0)
+    small = 2 * images < 32
+    assert float(losses["crr_off"]) == float(small)
+    assert (losses["total"] == losses["nt_xent"]).item() == small  # else the hinge adds to it
+    told = method.remarks({name: float(value.detach()) for name, value in losses.items()})
+    assert bool(told) == small
+    assert not small or "off for 100% of the weight: it needs 32 feature rows" in told[0]
 
 
 @pytest.mark.parametrize(

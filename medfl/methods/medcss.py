@@ -26,7 +26,7 @@ from medfl.models.encoders import ResNet
 from medfl.models.heads import MLP
 from medfl.models.layers import pooled
 
-LEAST_ROWS = 32  # below, both coding rates sit at their rank limit and the hinge says nothing
+LEAST_ROWS = 32  # with fewer, both coding rates sit at their rank limit and the hinge says nothing
 LEAST_HISTOGRAM_ROWS = 64
 INERT = 1e-3  # nats; an alignment below it in both of its monitors carries no information
 PREFIX = ("stem", "layer1", "layer2")
@@ -183,7 +183,13 @@ class MedCSS(Method):
     def remarks(self, means: Mapping[str, float]) -> list[str]:
         """Terms that did nothing in a whole round: a hinge that was never active, an alignment without information."""
         found = []
-        if self.crr.weight > 0 and means.get("crr_active", 1.0) == 0:
+        if off := means.get("crr_off", 0.0):
+            found.append(
+                f"the coding-rate term was off for {off:.0%} of the weight: it needs {LEAST_ROWS} feature rows in a "
+                f"batch, {LEAST_ROWS // 2} images ({LEAST_ROWS} in the supervised form). Raise training.batch_size, or "
+                "leave it so where a site has no more images."
+            )
+        elif self.crr.weight > 0 and means.get("crr_active", 1.0) == 0:
             found.append(
                 f"the coding-rate term was inactive in every step (direction={self.crr.direction}, "
                 f"R3 {means['rate3']:.2f}, R4 {means['rate4']:.2f} nats): this round it had no effect."
@@ -222,7 +228,10 @@ class MedCSS(Method):
     def _align(self, h3: Tensor, h4: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows, estimator = len(h3), self.align.estimator
         if estimator == "histogram" and rows < LEAST_HISTOGRAM_ROWS and self.align.weight > 0:
-            raise ConfigError(_too_few("method.align.estimator=histogram", rows, LEAST_HISTOGRAM_ROWS))
+            raise ConfigError(
+                f"method.align.estimator=histogram: got {rows} feature rows in a batch, need at least "
+                f"{LEAST_HISTOGRAM_ROWS}. Raise training.batch_size, or take estimator=sample."
+            )
         if self.align.stopgrad == "h3":
             h3 = h3.detach()
         if self.align.cross_view:
@@ -234,13 +243,15 @@ class MedCSS(Method):
         return loss, {"js": js, "entropy_marginal": marginal, "entropy_mean": mean}
 
     def _crr(self, f3: Tensor, f4: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if len(f3) < LEAST_ROWS and self.crr.weight > 0:
-            raise ConfigError(_too_few("method.crr.weight > 0", len(f3), LEAST_ROWS))
-        f3 = f3.detach() if self.crr.detach == "f3" or self.crr.weight == 0 else f3
-        f4 = f4.detach() if self.crr.weight == 0 else f4
-        rate3, rate4 = (self._rate(f) for f in (f3, f4))
+        """The hinge; 0 in a batch too small for it, as at a site of few images: `crr_off` and `remarks` say so."""
+        off = self.crr.weight == 0 or len(f3) < LEAST_ROWS
+        f3 = f3.detach() if self.crr.detach == "f3" or off else f3
+        rate3, rate4 = (self._rate(f) for f in (f3, f4.detach() if off else f4))
         loss = coding_rate_hinge(rate3, rate4, direction=self.crr.direction)
-        return loss, {"rate3": rate3, "rate4": rate4, "crr_active": (loss > 0).to(loss.dtype)}
+        if small := self.crr.weight > 0 and off:
+            loss = loss * 0
+        told = {"crr_active": (loss > 0).to(loss.dtype), "crr_off": loss.new_tensor(float(small))}
+        return loss, {"rate3": rate3, "rate4": rate4, **told}
 
     def _rate(self, features: Tensor) -> Tensor:
         rows = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
@@ -268,13 +279,6 @@ def _refuse(objective: str, classes: int | None, align: Alignment, crr: CodingRa
             "method.objective=none: the two terms of MedCSS alone are no pretraining method (features lose half "
             "of their rank). Use method.objective=contrastive, or method.force=true and a weight above 0."
         )
-
-
-def _too_few(what: str, rows: int, least: int) -> str:
-    return (
-        f"{what}: got {rows} feature rows in a batch, need at least {least}. Raise training.batch_size to "
-        f"{least // 2} ({least} in the supervised form), or switch the term off."
-    )
 
 
 def _not_negative(name: str, value: float) -> None:

@@ -41,7 +41,7 @@ layers: $(VENV)/ready
 
 bench: $(VENV)/ready ## measure views and rounds on this machine (minutes)
 	$(BIN)/python benchmarks/views.py --json runs/bench-views.json
-	$(BIN)/python benchmarks/rounds.py --json runs/bench-rounds.json
+	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py --json runs/bench-rounds.json
 
 clean: ## remove .venv and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -29,7 +29,7 @@ from medfl.training import Task, train_locally
 def bare(site: Site, broadcast: Broadcast) -> None:
     """What the site would compute anyway: load the weights, refresh pass, training steps."""
     shop = site.shop
-    site._load(broadcast, shop.sends, {})
+    site._load(broadcast, {})
     site._refresh()
     optimizer = config.build(shop.study.training.optimizer, parameters=shop.method.trainable())
     task = Task(site.images, site.data.train.labels, shop.views)

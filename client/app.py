@@ -32,8 +32,14 @@ def pretrain(message: Message, context: Context) -> Message:
 
 @app.query("refresh")
 def refresh(message: Message, context: Context) -> Message:
-    """Sums of the norm statistics under the weights sent along."""
+    """Sums of norm statistics, codes and features under the weights sent along."""
     return _answer(message, context, Site.refresh)
+
+
+@app.query("codebook")
+def seed_codebooks(message: Message, context: Context) -> Message:
+    """Centres of this site's tokens, for the first codebook."""
+    return _answer(message, context, Site.seed_codebooks)
 
 
 @app.evaluate("probe")

@@ -14,12 +14,15 @@ import torch
 from flwr.app import Array, Message, RecordDict
 
 from medfl.errors import MedflError
-from medfl.layout import DTYPES, Flat, Layout
+from medfl.layout import DTYPES, Flat, Layout, Tensors
 from medfl.messages import RAW, SITE_ERROR, from_array
+from medfl.methods.base import Role
 
 METRIC = re.compile(r"(loss|monitor|site|linear|knn|classifier)/[a-z0-9_]{1,40}(/(value|low|high))?")
 MOST_METRICS = 200
 LARGEST_METRIC = 1e9
+CHUNK = 1 << 16  # elements
+ROUNDING = 1e-3  # share by which sums in low precision may pass their bound
 HINTS = {
     3: "Its configuration is refused there.",
     10: "Its data could not be used.",
@@ -76,6 +79,8 @@ def admit(reply: Message, expected: Expected) -> Update:
     metrics = _metrics(content, expected)
     flat = _tensors(content, expected)
     _check_moments(flat, expected)
+    _check_codebooks(flat, expected)
+    _check_features(flat, expected)
     return Update(expected.site, flat, int(metrics.get("site/volumes", 0)), metrics, _update_norm(flat, expected))
 
 
@@ -171,10 +176,13 @@ def _first_bad(group: str, array: np.ndarray, layout: Layout) -> str:
     return f"array '{group}'"
 
 
+def _of_role(role: Role, flat: Flat, expected: Expected) -> Tensors:
+    return Layout(tuple(slot for slot in expected.layout.slots if slot.role is role)).unpack(flat)
+
+
 def _check_moments(flat: Flat, expected: Expected) -> None:
     """Counts are positive and no second moment is below the square of the first (Cauchy-Schwarz)."""
-    moments = {group: array for group, array in flat.items() if group.startswith("norm_moments/")}
-    tensors = Layout(tuple(s for s in expected.layout.slots if s.group in moments)).unpack(moments)
+    tensors = _of_role(Role.NORM_MOMENTS, flat, expected)
     for name in (n.removesuffix(".count") for n in tensors if n.endswith(".count")):
         count, total, square = (tensors[f"{name}.{kind}"] for kind in ("count", "sum", "square"))
         if (
@@ -185,13 +193,45 @@ def _check_moments(flat: Flat, expected: Expected) -> None:
             raise _refuse(expected, f"the moments of '{name}' are of no data: count {float(count.min()):g}.")
 
 
+def _check_codebooks(flat: Flat, expected: Expected) -> None:
+    """Counts are not negative, no sum of unit tokens is longer than their count, no distance above the largest, 2."""
+    tensors = _of_role(Role.CODEBOOK, flat, expected)
+    for name in (n.removesuffix(".counts") for n in tensors if n.endswith(".counts")):
+        counts, sums = tensors[f"{name}.counts"], tensors[f"{name}.sums"]
+        most = counts * (1 + ROUNDING) + ROUNDING
+        residuals = tensors.get(f"{name}.residuals", torch.zeros_like(counts))
+        short = bool((torch.linalg.vector_norm(sums, dim=1) <= most).all())
+        near = bool((residuals >= 0).all()) and bool((residuals <= 4 * most).all())
+        if not (bool((counts >= 0).all()) and short and near):
+            raise _refuse(expected, f"the sums of codebook '{name}' are of no unit tokens.")
+
+
+def _check_features(flat: Flat, expected: Expected) -> None:
+    """Unit features: the trace of Σzzᵀ is their count, and Σz is no longer than it."""
+    if not (tensors := _of_role(Role.STATISTICS, flat, expected)):
+        return
+    count, total, gram = (tensors[f"features.{kind}"] for kind in ("count", "sum", "gram"))
+    most = count * (1 + ROUNDING)
+    if not 0 <= gram.trace() <= most or bool(torch.linalg.vector_norm(total) > most) or bool((gram.abs() > most).any()):
+        raise _refuse(expected, "the sums of its features are of no unit vectors.")
+
+
+def _squares(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
+    """‖after - before‖² and ‖before‖², in parts that stay in the cache: torch.dist takes five times as long."""
+    change = size = 0.0
+    for start in range(0, before.size, CHUNK):
+        old = before[start : start + CHUNK]
+        moved = after[start : start + CHUNK] - old
+        change, size = change + float(np.dot(moved, moved)), size + float(np.dot(old, old))
+    return change, size
+
+
 def _update_norm(flat: Flat, expected: Expected) -> float:
     change = size = 0.0
     for group in flat.keys() & expected.before.keys():
-        if group.startswith("parameter/"):
-            after, before = torch.from_numpy(flat[group]), torch.from_numpy(expected.before[group])
-            change += float(torch.dist(after, before)) ** 2
-            size += float(torch.linalg.vector_norm(before)) ** 2
+        if group.startswith(("parameter/", "target/")):
+            moved, length = _squares(flat[group], expected.before[group])
+            change, size = change + moved, size + length
     norm, broadcast = math.sqrt(change), math.sqrt(size)
     if norm > expected.max_update * broadcast:
         raise _refuse(

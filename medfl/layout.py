@@ -13,15 +13,17 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medfl.methods.base import Claim, Method, Role
+from medfl.study import Rounds
 
 Tensors = dict[str, Tensor]
 Flat = dict[str, np.ndarray]  # group -> (n,) array
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MOMENTS = ("count", "sum", "square")
+WIDEST_GRAM = 512  # features; wider ones would send megabytes of sums
 # Received arrays are views of the message's bytes: read, copied from, never written.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
@@ -91,13 +93,17 @@ class Layout:
         """The part that a site with these owner groups takes part in; offsets are per group, so they stay."""
         return Layout(tuple(slot for slot in self.slots if not slot.owner or slot.owner in owners))
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> Flat:
-        """Copy the tensors into one new flat array per group.
+    def empty(self) -> Flat:
+        """One flat array per group, not yet filled."""
+        return {group: np.empty(size, group.rpartition("/")[2]) for group, size in self.sizes.items()}
+
+    def pack(self, tensors: Mapping[str, Tensor], into: Flat | None = None) -> Flat:
+        """Copy the tensors into one flat array per group: new ones, or `into`, which saves a third of the time.
 
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        flat = {group: np.empty(size, group.rpartition("/")[2]) for group, size in self.sizes.items()}
+        flat = self.empty() if into is None else into
         for slot in self.slots:
             if slot.name not in tensors or tuple(tensors[slot.name].shape) != slot.shape:
                 got = tuple(tensors[slot.name].shape) if slot.name in tensors else "nothing"
@@ -114,51 +120,98 @@ class Layout:
         }
 
 
-def study_claims(method: Method, norm: str) -> dict[str, Claim]:
-    """Each tensor's claim under the study's treatment of batch norm.
+@dataclass(frozen=True)
+class Policy:
+    """What a study does with the roles that leave a choice; `rounds` in configs/rounds/default.yaml explains each."""
 
-    Args:
-        norm: `pooled` leaves the method's claims; `local_statistics` keeps running statistics at the site (SiloBN,
-            Andreux et al. 2020); `local` keeps scale and shift there too (FedBN, Li et al. 2021).
+    norm: str = "pooled"
+    codebook: str = "refresh"
+    target: str = "average"
+    gram: bool = False
+
+    @classmethod
+    def of(cls, method: Method, rounds: Rounds) -> "Policy":
+        width = int(getattr(method.encoder, "width", 0))
+        gram = rounds.gram == "always" or (rounds.gram == "auto" and 0 < width <= WIDEST_GRAM)
+        target = method.target_mode if rounds.target == "auto" else rounds.target
+        return cls(rounds.norm, rounds.codebook, target, gram)
+
+
+def study_claims(method: Method, policy: Policy) -> dict[str, Claim]:
+    """Each tensor's claim under the study's policy.
+
+    norm: `pooled` leaves the method's claims; `local_statistics` keeps running statistics at the site (SiloBN, Andreux
+    et al. 2020); `local` keeps scale and shift there too (FedBN, Li et al. 2021). codebook: `local` keeps them there.
     """
     claims = dict(method.roles())
-    for name in claims:
-        module = method.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, _BatchNorm) or claims[name].role is Role.FIXED:
+    for name, claim in claims.items():
+        if claim.role is Role.CODEBOOK and policy.codebook == "local":
+            claims[name] = Claim(Role.LOCAL, claim.owner)
+        if claim.role in (Role.FIXED, Role.TARGET):
             continue
-        if norm == "local" or (norm == "local_statistics" and claims[name].role is Role.NORM_MOMENTS):
-            claims[name] = Claim(Role.LOCAL)
+        if isinstance(method.get_submodule(name.rpartition(".")[0]), _BatchNorm):
+            silo = policy.norm == "local_statistics" and claim.role is Role.NORM_MOMENTS
+            claims[name] = Claim(Role.LOCAL) if policy.norm == "local" or silo else claim
     return claims
 
 
-def broadcast_layout(method: Method, norm: str, prefix: str = "") -> Layout:
-    """What the server sends: parameters and norm statistics, under `prefix` only (e.g. "encoder")."""
-    travels = (Role.PARAMETER, Role.NORM_MOMENTS)
-    claims = study_claims(method, norm)
+def traveling(policy: Policy) -> tuple[Role, ...]:
+    """The roles that a broadcast brings."""
+    both = (Role.PARAMETER, Role.NORM_MOMENTS, Role.CODEBOOK)
+    return (*both, Role.TARGET) if policy.target == "average" else both
+
+
+def broadcast_layout(method: Method, policy: Policy, prefix: str = "") -> Layout:
+    """What the server sends, under `prefix` only (e.g. "encoder")."""
+    claims, roles = study_claims(method, policy), traveling(policy)
     return Layout.of(
         (name, claims[name], tuple(tensor.shape), _dtype(tensor))
         for name, tensor in method.state_dict().items()
-        if claims[name].role in travels and f"{name}.".startswith(f"{prefix}." if prefix else "")
+        if claims[name].role in roles and f"{name}.".startswith(f"{prefix}." if prefix else "")
     )
 
 
-def update_layout(method: Method, norm: str, *, parameters: bool = True) -> Layout:
-    """What a site answers: parameters after training, and per batch norm the plain sums (n, Σx, Σx²)."""
-    claims = study_claims(method, norm)
+def update_layout(method: Method, policy: Policy, *, parameters: bool = True) -> Layout:
+    """What a site answers: parameters after training, and the plain sums of the refresh pass.
+
+    Sums: per batch norm (n, Σx, Σx²); per codebook the tokens of each code, their sum and squared distance; of the
+    features the count, Σz and Σzzᵀ.
+    """
+    claims = study_claims(method, policy)
+    trained = (Role.PARAMETER, Role.TARGET) if policy.target == "average" else (Role.PARAMETER,)
     rows = [
         (name, claims[name], tuple(tensor.shape), _dtype(tensor))
         for name, tensor in method.state_dict().items()
-        if parameters and claims[name].role is Role.PARAMETER
+        if parameters and claims[name].role in trained
     ]
-    for name, module in pooled_norms(method, norm).items():
+    for name, module in pooled_norms(method, policy.norm).items():
         claim = claims[f"{name}.running_mean"]
         rows += [(f"{name}.{kind}", claim, (module.num_features,), "float64") for kind in MOMENTS]
+    if policy.codebook != "local":
+        rows += _book_rows(method, ("counts", "sums", "residuals"))
+    if policy.gram:
+        width = int(method.encoder.width)  # type: ignore[arg-type]
+        shapes = {"count": (1,), "sum": (width,), "gram": (width, width)}
+        rows += [(f"features.{kind}", Claim(Role.STATISTICS), shape, "float64") for kind, shape in shapes.items()]
     return Layout.of(rows)
 
 
-def pooled_norms(method: nn.Module, norm: str) -> dict[str, _BatchNorm]:
+def seed_layout(method: Method) -> Layout:
+    """What a site answers before the first round: the masses and sums of its own k-means, per codebook."""
+    return Layout.of(_book_rows(method, ("counts", "sums")))
+
+
+def _book_rows(method: Method, kinds: Sequence[str]) -> list[tuple[str, Claim, tuple[int, ...], str]]:
+    rows: list[tuple[str, Claim, tuple[int, ...], str]] = []
+    for name, book in method.codebooks().items():
+        claim, (codes, width) = method.claim_of(f"{name}.sums"), book.sums.shape
+        rows += [(f"{name}.{k}", claim, (codes, width) if k == "sums" else (codes,), "float64") for k in kinds]
+    return rows
+
+
+def pooled_norms(method: Method, norm: str) -> dict[str, _BatchNorm]:
     """The batch norms whose statistics are pooled over the sites, by name."""
-    if norm != "pooled" or not isinstance(method, Method):
+    if norm != "pooled":
         return {}
     roles = method.roles()
     return {

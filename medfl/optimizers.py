@@ -1,7 +1,8 @@
 """Optimizers, for the sites and for the server, and the learning-rate schedule as a function of progress."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,68 @@ def sgd(parameters: Sequence[Tensor], *, lr: float, momentum: float, weight_deca
 def adam(parameters: Sequence[Tensor], *, lr: float, betas: Sequence[float], eps: float) -> torch.optim.Optimizer:
     """Adam; as a server optimizer it is FedAdam (Reddi et al. 2021)."""
     return torch.optim.Adam(list(parameters), lr=lr, betas=(betas[0], betas[1]), eps=eps)
+
+
+def lars(
+    parameters: Sequence[Tensor], *, lr: float, momentum: float, weight_decay: float, trust: float, eps: float
+) -> torch.optim.Optimizer:
+    """LARS (You et al. 2017); weight matrices only: biases and norms take plain SGD without decay.
+
+    Args:
+        lr: γ; the published runs take 0.3 times the batch size over 256.
+        momentum: μ.
+        weight_decay: β.
+        trust: η.
+        eps: ε of the denominator, in the unit of a gradient's norm.
+    """
+    weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": weight_decay, "adapt": True},
+        {"params": others, "weight_decay": 0.0, "adapt": False},
+    ]
+    return LARS([group for group in groups if group["params"]], lr=lr, momentum=momentum, trust=trust, eps=eps)
+
+
+class LARS(torch.optim.Optimizer):
+    """v <- μ v + γ λ (g + β w), w <- w - v, with λ = η |w| / (|g| + β |w| + ε) for each tensor (Algorithm 1).
+
+    λ is 1 in groups without `adapt`, and for a tensor of zeros, which could never move else. The learning rate
+    enters v: what a step added keeps the rate of that step.
+
+    Args:
+        groups: each with its "params", "weight_decay" β, and "adapt".
+        lr, momentum, trust, eps: as in `lars`.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, trust: float, eps: float
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; nothing is read back from the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                scaled = (weight.grad + group["weight_decay"] * weight) * self._trust(weight, group)
+                weight.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(scaled, alpha=group["lr"]))
+        return loss
+
+    def _trust(self, weight: Tensor, group: dict[str, Any]) -> Tensor | float:
+        if not group["adapt"] or weight.grad is None:
+            return 1.0
+        size, slope = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(weight.grad)
+        ratio: Tensor = group["trust"] * size / (slope + group["weight_decay"] * size + group["eps"])
+        return ratio.where(size > 0, 1.0)
 
 
 def no_server_optimizer(parameters: Sequence[Tensor]) -> None:

@@ -8,19 +8,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from medfl import config, rules
+from medfl import config, features, rules, server_books
 from medfl.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
-from medfl.errors import ConfigError
+from medfl.codebooks import Book
+from medfl.errors import ConfigError, DivergedError
 from medfl.exchange import Enrolled, Federation, Request, collect
 from medfl.gate import Update
-from medfl.layout import Flat, Layout, Tensors, broadcast_layout, update_layout
-from medfl.messages import PRETRAIN, REFRESH, Order
+from medfl.layout import Flat, Layout, Policy, Tensors, broadcast_layout, seed_layout, update_layout
+from medfl.messages import PRETRAIN, REFRESH, SEED, Order
+from medfl.methods.base import Role
 from medfl.methods.moments import pool
 from medfl.run_folder import Event
+from medfl.server_books import Books, Kind
 from medfl.site import new_method
 from medfl.study import Study
 
-Rule = Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray]
+Rule = Callable[[Sequence[np.ndarray], Sequence[float], rules.Before], np.ndarray]
+LLOYD = 3  # exchanges of code sums before the first round
+CONFIRMED = 2  # collapsed rounds running
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,26 @@ class Blueprint:
     sends: Layout
     answers: Layout
     sums: Layout
+    seeds: Layout
     initial: Flat
+    books: Mapping[str, Kind]  # the codebooks that travel
     remarks: Callable[[Mapping[str, float]], list[str]]
+    alarm: Callable[[Mapping[str, float]], str]
 
     @classmethod
     def of(cls, study: Study) -> "Blueprint":
-        method, norm = new_method(study), study.rounds.norm
-        sends = broadcast_layout(method, norm)
+        method = new_method(study)
+        policy = Policy.of(method, study.rounds)
+        sends = broadcast_layout(method, policy)
         return cls(
             sends,
-            update_layout(method, norm),
-            update_layout(method, norm, parameters=False),
+            update_layout(method, policy),
+            update_layout(method, policy, parameters=False),
+            seed_layout(method),
             sends.pack(method.state_dict()),
+            server_books.kinds_of(method) if policy.codebook != "local" else {},
             method.remarks,
+            method.alarm,
         )
 
 
@@ -57,7 +69,9 @@ class Server:
     optimizer: torch.optim.Optimizer | None
     round: int = 0
     norms: list[float] = field(default_factory=list)  # of the updates accepted so far
+    alarms: int = 0  # collapsed rounds running
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # what the server optimizer steps
+    books: Books = field(default_factory=lambda: Books({}, {}))
 
     @classmethod
     def start(cls, study: Study, arm: str, blueprint: Blueprint, saved: Checkpoint | None) -> "Server":
@@ -73,10 +87,11 @@ class Server:
             flat = {group: saved.tensors[group].numpy() for group in flat}
         steps = {g: torch.from_numpy(a).requires_grad_() for g, a in flat.items() if g.startswith("parameter/")}
         optimizer = config.build(study.server_optimizer, parameters=list(steps.values()))
-        server = cls(arm, uuid.uuid4().hex, blueprint, flat, optimizer, parameters=steps)
+        books = Books.start(blueprint.books, saved.tensors if saved is not None else {})
+        server = cls(arm, uuid.uuid4().hex, blueprint, flat, optimizer, parameters=steps, books=books)
         if saved is not None:
             server.lineage, server.round = str(saved.facts["lineage"]), int(saved.facts["round"])
-            server.norms = [float(norm) for norm in saved.facts["norms"]]
+            server.norms, server.alarms = [float(norm) for norm in saved.facts["norms"]], int(saved.facts["alarms"])
             if optimizer is not None:
                 load_optimizer(optimizer, saved.tensors)
         return server
@@ -89,15 +104,21 @@ class Server:
             "lineage": self.lineage,
             "layout": self.blueprint.sends.digest,
             "norms": self.norms,
+            "alarms": self.alarms,
         }
-        return Checkpoint(tensors | state, facts)
+        return Checkpoint(tensors | state | self.books.checkpoint(), facts)
 
     def tensors(self) -> Tensors:
         return self.blueprint.sends.unpack(self.flat)
 
     def step(self, aggregate: Flat) -> None:
-        """Parameters take the aggregate, or step towards it through the server optimizer (gradient = −change)."""
+        """Parameters take the aggregate, or step towards it through the server optimizer (gradient = −change).
+
+        Momentum encoders are averages already and take theirs as it is.
+        """
         with torch.no_grad():
+            for group in aggregate.keys() - self.parameters.keys():
+                self.flat[group][:] = aggregate[group]
             for group, parameter in self.parameters.items():
                 if self.optimizer is None:
                     parameter.copy_(torch.from_numpy(aggregate[group]))
@@ -105,6 +126,16 @@ class Server:
                     parameter.grad = parameter.detach() - torch.from_numpy(aggregate[group])
             if self.optimizer is not None:
                 self.optimizer.step()
+
+    def get_books(self) -> dict[str, Book]:
+        tensors = self.tensors()
+        return {n: Book(tensors[f"{n}.counts"].double(), tensors[f"{n}.sums"].double()) for n in self.books.kinds}
+
+    def set_books(self, books: Mapping[str, Book]) -> None:
+        tensors = self.tensors()
+        for name, book in books.items():
+            tensors[f"{name}.counts"].copy_(book.counts)
+            tensors[f"{name}.sums"].copy_(book.sums)
 
     def set_moments(self, sums: Mapping[str, torch.Tensor]) -> None:
         """Running statistics of every pooled norm from sums over the sites; statistics are set, never stepped."""
@@ -131,25 +162,80 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     updates = collect(federation, request, sites)
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
     server.step(_aggregate(updates, weights, server, config.partial(study.rule)))
-    server.set_moments(_sum_moments(updates, parts))
     server.round += 1
+    told = _take_sums(study, server, updates, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates])[-1000:]
-    federation.folder.write(_events(server, updates, weights, time.perf_counter() - began))
+    federation.folder.write(_events(server, updates, weights, told, time.perf_counter() - began))
 
 
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
-    """Norm statistics under the final weights, over all sites, and the monitors of the final encoder."""
-    sums = server.blueprint.sums
-    order = order_of(federation.study, server, max(server.round, 1), 1)
-    request = Request(REFRESH, order, server.blueprint.sends, server.flat, sums, sums.digest, False)
-    updates = collect(federation, request, sites)
-    server.set_moments(_sum_moments(updates, sums))
-    federation.folder.write(
-        Event("refresh", server.arm, server.round, update.site, name, value)
+    """Norm statistics and codebooks under the final weights, over all sites, and the monitors of the final encoder."""
+    updates = _ask_sums(federation, server, sites)
+    told = _take_sums(federation.study, server, updates, _equal(updates), server.blueprint.sums, 0)
+    monitors = [
+        (update.site, name, value)
         for update in updates
         for name, value in update.metrics.items()
         if name.startswith("monitor/")
+    ]
+    federation.folder.write(
+        Event("refresh", server.arm, server.round, site, name, value) for site, name, value in (*monitors, *told)
     )
+
+
+def seed_codebooks(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
+    """The first codebooks: every site's own centres, clustered on the server, then Lloyd's steps on plain sums."""
+    if not server.books.kinds:
+        return
+    layout = server.blueprint.seeds
+    order = order_of(federation.study, server, 0, 1)
+    request = Request(SEED, order, server.blueprint.sends, server.flat, layout, layout.digest, trains=False)
+    updates = collect(federation, request, sites)
+    server.set_books(server_books.first(server.books.kinds, updates, layout, federation.study.seed))
+    for _ in range(LLOYD):
+        updates = _ask_sums(federation, server, sites)
+        server.set_books(server_books.lloyd(server.get_books(), updates, server.blueprint.sums, federation.study.seed))
+    images = 2 * federation.study.training.batch_size * len(sites)  # of one step everywhere, both views
+    books = server.get_books()
+    server.set_books({n: book.scaled(images * server.books.kinds[n].tokens) for n, book in books.items()})
+
+
+def _ask_sums(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> list[Update]:
+    sums = server.blueprint.sums
+    order = order_of(federation.study, server, server.round, 1)
+    request = Request(REFRESH, order, server.blueprint.sends, server.flat, sums, sums.digest, False)
+    return collect(federation, request, sites)
+
+
+def _equal(updates: Sequence[Update]) -> list[float]:
+    return [1 / len(updates)] * len(updates)
+
+
+def _take_sums(
+    study: Study, server: Server, updates: Sequence[Update], weights: Sequence[float], layout: Layout, number: int
+) -> list[tuple[str, str, float]]:
+    """Set what follows from the sums of the refresh pass; (site, name, value) of what they tell.
+
+    Args:
+        number: of the round; 0: the sums of a refresh pass alone.
+    """
+    sums = _sum_statistics(updates, layout)
+    server.set_moments(sums)
+    told = list(server_books.round_of(server.books, server.tensors(), updates, weights, layout, study, number))
+    return told + features.told(updates, layout)
+
+
+def stop_if_collapsed(study: Study, server: Server) -> None:
+    """
+    Raises:
+        DivergedError: the embeddings collapsed in two rounds running and rounds.on_collapse=stop.
+    """
+    if server.alarms >= CONFIRMED and study.rounds.on_collapse == "stop":
+        raise DivergedError(
+            f"arm '{server.arm}', round {server.round}: the embeddings have collapsed, {server.alarms} rounds running "
+            "(see the remarks in metrics.jsonl). Lower training.optimizer.lr, raise training.batch_size, or go on with "
+            "rounds.on_collapse=warn resume=true."
+        )
 
 
 def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
@@ -169,26 +255,34 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
 
 
 def _aggregate(updates: Sequence[Update], weights: Sequence[float], server: Server, rule: Rule) -> Flat:
-    """Each parameter group over the sites that own it; a group that no site owns stays as it is."""
+    """Each group of weights over the sites that own it; a group that no site owns stays as it is."""
     aggregate: Flat = {}
-    for group in server.parameters:
+    for group, slots in server.blueprint.sends.groups.items():
+        if slots[0].role not in (Role.PARAMETER, Role.TARGET):
+            continue
         held = [(u.flat[group], w) for u, w in zip(updates, weights, strict=True) if group in u.flat]
-        before = server.flat[group]
-        aggregate[group] = rule([f for f, _ in held], [w for _, w in held]) if held else before
+        before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
+        aggregate[group] = rule([f for f, _ in held], [w for _, w in held], before) if held else server.flat[group]
     return aggregate
 
 
-def _sum_moments(updates: Sequence[Update], layout: Layout) -> Tensors:
-    """Plain sums over the sites, in the order of their names."""
+def _sum_statistics(updates: Sequence[Update], layout: Layout) -> Tensors:
+    """Plain sums over the sites of the norms' inputs, in the order of their names."""
     total: Tensors = {}
     for update in updates:
-        groups = {group for group in update.flat if group.startswith("norm_moments/")}
-        for name, tensor in Layout(tuple(s for s in layout.slots if s.group in groups)).unpack(update.flat).items():
+        owned = tuple(s for s in layout.slots if s.role is Role.NORM_MOMENTS and s.group in update.flat)
+        for name, tensor in Layout(owned).unpack(update.flat).items():
             total[name] = total[name] + tensor if name in total else tensor.clone()
     return total
 
 
-def _events(server: Server, updates: Sequence[Update], weights: Sequence[float], seconds: float) -> list[Event]:
+def _events(
+    server: Server,
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    told: Sequence[tuple[str, str, float]],
+    seconds: float,
+) -> list[Event]:
     def event(site: str, name: str, value: float) -> Event:
         return Event("pretrain", server.arm, server.round, site, name, value)
 
@@ -203,6 +297,19 @@ def _events(server: Server, updates: Sequence[Update], weights: Sequence[float],
         if name.startswith(("loss/", "monitor/"))
     }
     rows += [event("", name, value) for name, value in means.items()]
+    rows += [event(site, name, value) for site, name, value in told]
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
-    remarks = server.blueprint.remarks(terms)
+    remarks = [*server.blueprint.remarks(terms), *_index_alarms(told)]
+    if collapse := server.blueprint.alarm(terms):
+        remarks.append(f"collapsed: {collapse}")
+    server.alarms = server.alarms + 1 if collapse else 0
     return rows + [Event("pretrain", server.arm, server.round, "", "remark", 1.0, text) for text in remarks]
+
+
+def _index_alarms(told: Sequence[tuple[str, str, float]]) -> list[str]:
+    return [
+        f"site '{site}' answers with other code indices than the broadcast ones ({name}: {value:.0%} of its tokens). "
+        "Check its release and its data."
+        for site, name, value in told
+        if name.endswith("/index_alarm") and value > 0
+    ]

@@ -5,16 +5,26 @@ equal inputs give equal bits.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from medfl.errors import ConfigError
 
+
+@dataclass(frozen=True)
+class Before:
+    """The broadcast values of a group, and the places (offset, size) in it of tensors with two or more axes."""
+
+    values: np.ndarray
+    layers: Sequence[tuple[int, int]]
+
+
 CHUNK = 1 << 16  # elements; the float64 accumulator then stays in cache
 
 
-def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
     """Σ w_i x_i / Σ w_i (McMahan et al. 2017, algorithm 1); float64 inside, one rounding at the end."""
     shares = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
     if len(values) == 1:
@@ -31,12 +41,18 @@ def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.
     return mean
 
 
-def uniform_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def uniform_mean(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
     """The mean in which every site counts once, whatever its volumes."""
-    return weighted_mean(values, [1.0] * len(weights))
+    return weighted_mean(values, [1.0] * len(weights), before)
 
 
-def trimmed_mean(values: Sequence[np.ndarray], weights: Sequence[float], *, trim: int) -> np.ndarray:  # noqa: ARG001
+def trimmed_mean(
+    values: Sequence[np.ndarray],
+    weights: Sequence[float],
+    before: Before,
+    *,
+    trim: int,
+) -> np.ndarray:
     """Mean without the `trim` lowest and highest values of each coordinate (Yin et al. 2018, definition 2).
 
     Every site has one vote. Withstands `trim` arbitrary updates.
@@ -51,6 +67,26 @@ def trimmed_mean(values: Sequence[np.ndarray], weights: Sequence[float], *, trim
         )
     ordered = np.sort(np.stack(values), axis=0)[trim : len(values) - trim]
     mean: np.ndarray = ordered.mean(axis=0, dtype=np.float64).astype(values[0].dtype)
+    return mean
+
+
+def layer_divergence_aware(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
+    """L-DAWA (Rehman et al. 2023, eq. 3), normalised: layer by layer Σ w_i d_i x_i / Σ w_i d_i, d_i = cos(x_i, before).
+
+    The published form divides by Σ w_i, so that weights shrink by their mean cosine in every round; this one does not.
+    Negative cosines count as 0; vectors (biases, norms), layers of zeros and layers without any weight left take the
+    weighted mean.
+    """
+    mean = weighted_mean(values, weights, before)
+    for offset, size in before.layers:
+        place = slice(offset, offset + size)
+        reference = before.values[place].astype(np.float64)
+        layers = [value[place].astype(np.float64) for value in values]
+        lengths = [float(np.linalg.norm(layer)) * float(np.linalg.norm(reference)) for layer in layers]
+        cosines = [float(x @ reference) / n if n > 0 else 0.0 for x, n in zip(layers, lengths, strict=True)]
+        shares = [weight * max(cosine, 0.0) for weight, cosine in zip(weights, cosines, strict=True)]
+        if sum(shares) > 0:
+            mean[place] = sum(share * layer for share, layer in zip(shares, layers, strict=True)) / sum(shares)
     return mean
 
 

@@ -12,7 +12,7 @@ from medfl.export import write_encoder
 from medfl.files import write_tensors
 from medfl.layout import Layout
 from medfl.messages import EVALUATE
-from medfl.rounds import Blueprint, Server, order_of, refresh, run_round
+from medfl.rounds import Blueprint, Server, order_of, refresh, run_round, seed_codebooks, stop_if_collapsed
 from medfl.run_folder import Evaluated, Event
 from medfl.site import CENTRAL
 from medfl.study import Study
@@ -64,9 +64,12 @@ def _train(federation: Federation, name: str, arm: Arm, blueprint: Blueprint) ->
     server = Server.start(study, name, blueprint, saved)
     federation.folder.forget_after(name, server.round)
     federation.folder.write(Event("pretrain", name, server.round, "", "checkpoint/damaged", 1.0, d) for d in damaged)
+    if arm.steps and server.round == 0:
+        seed_codebooks(federation, server, arm.members)
     while arm.steps and server.round < study.rounds.count:
         run_round(federation, server, arm.members, arm.steps)
         checkpoint.save(folder / "checkpoints", server.round, server.checkpoint(), keep=study.rounds.keep_checkpoints)
+        stop_if_collapsed(study, server)
     refresh(federation, server, arm.members)
     write_encoder(folder, study, server)
     write_tensors(folder / "model.safetensors", server.tensors())

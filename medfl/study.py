@@ -65,6 +65,14 @@ class Rounds(Section):
     quorum: float  # least share of the enrolled sites that must give a usable update
     deadline: float  # s, for one round
     norm: str  # pooled | local_statistics | local
+    codebook: str  # refresh | split_prior | mean | local
+    codebook_keep: float  # share of the old codebook in the new one, where codebook=refresh
+    codebook_images: int  # a site leaves out the codes that fewer of its images use
+    target: str  # auto (the method's own) | average | shift | reset | local
+    blend: str  # none | paper | code: how much of a site's own weights it keeps (FedEMA)
+    blend_tau: float
+    gram: str  # auto | always | never: sums of the features' products
+    on_collapse: str  # stop | warn
     refresh_volumes: int  # volumes per site in the refresh pass
     max_share: float  # largest weight of one site
     max_update: float  # largest L2 norm of an update, in units of the broadcast's
@@ -117,12 +125,21 @@ class Study:
         one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
         one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "ray"))
         one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
+        one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
+        one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))
+        one_of("rounds.blend", self.rounds.blend, ("none", "paper", "code"))
+        one_of("rounds.gram", self.rounds.gram, ("auto", "always", "never"))
+        one_of("rounds.on_collapse", self.rounds.on_collapse, ("stop", "warn"))
+        for name, share in {"codebook_keep": self.rounds.codebook_keep, "blend_tau": self.rounds.blend_tau}.items():
+            if not 0 <= share < 1:
+                raise ConfigError(f"rounds.{name}: got {share}, need a share in [0, 1).")
         for name, value in {
             "training.steps": self.training.steps,
             "training.batch_size": self.training.batch_size,
             "training.threads": self.training.threads,
             "rounds.count": self.rounds.count,
             "rounds.keep_checkpoints": self.rounds.keep_checkpoints,
+            "rounds.codebook_images": self.rounds.codebook_images,
         }.items():
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")

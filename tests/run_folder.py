@@ -25,6 +25,7 @@ TENSORS = {  # name -> (role, shape, elements)
     "encoder.layer1.0.bn1.sum": ("norm_moments", "16", 16),
     "encoder.layer1.0.bn1.square": ("norm_moments", "16", 16),
 }
+BOOKS = {"fine": 64, "coarse": 16}  # codes of each
 CONFIG = {
     "seed": 0,
     "stages": ["pretrain", "evaluate", "transfer", "report"],
@@ -81,6 +82,41 @@ def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[objec
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def discrete_events(alarm: float = 0.0) -> list[dict[str, object]]:
+    """What DiSSECT's federation adds to metrics.jsonl; site-4 does not answer in the last round.
+
+    Args:
+        alarm: index alarm of site-2 in the fine codebook, in rounds 2 and 3.
+    """
+    found: list[dict[str, object]] = []
+    for at in range(1, ROUNDS + 1):
+        told = {("", "features/coding_rate"): 20.0 + at, ("", "features/site_separability"): 3.0 / at}
+        told |= {(site, "features/coding_rate"): 18.0 + at for site in SITES}
+        for name in BOOKS:
+            book = f"codebook/scales.{name}.quantizer"
+            told |= {("", f"{book}/{kind}"): 1 / (at + i) for i, kind in enumerate(("dead", "rare", "drift"))}
+            told |= {("", f"{book}/perplexity"): BOOKS[name] * 0.5, ("", f"{book}/revived"): 1.0}
+            for i, site in enumerate(SITES[: 3 if at == ROUNDS else 4]):
+                wrong = alarm if (name, site) == ("fine", "site-2") and at in (2, 3) else 0.0
+                values = {"js": 0.1 * i + 0.01 * at, "exclusive": 0.2, "error": 0.3, "index_alarm": wrong}
+                told |= {(site, f"{book}/{kind}"): value for kind, value in values.items()}
+        found += [
+            {"t": "", "stage": "pretrain", "arm": "federated", "round": at, "site": site, "name": name, "value": value}
+            for (site, name), value in told.items()
+        ]
+    return found
+
+
+def discrete_crossings() -> list[tuple[object, ...]]:
+    """The rows of wire.csv of one round at one site that only DiSSECT has."""
+    rows = [(f"scales.{name}.quantizer.counts", "codebook", f"{codes}", codes) for name, codes in BOOKS.items()]
+    rows += [("target_encoder.stem.weight", "target", "16x1x3x3", 144), ("features.gram", "statistics", "8x8", 64)]
+    return [
+        (1, "site-1", "up", name, role, "float64", shape, 8 * elements, "federated", "pretrain")
+        for name, role, shape, elements in rows
+    ]
 
 
 def _events(names: Mapping[str, str], draw: random.Random) -> Iterable[dict[str, object]]:

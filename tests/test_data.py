@@ -63,7 +63,7 @@ def test_phantom_masks_agree_with_labels_and_only_the_seed_matters(dims: int, si
 
 
 def test_spiculated_lesions_are_less_compact_and_share_their_patients_label() -> None:
-    records = phantom(count=200, size=48).load()
+    records = phantom(count=200, size=48, classes=["smooth", "spiculated"]).load()
     assert records.masks is not None
     masks = records.masks.float()
     border = masks.diff(dim=1).abs().sum((1, 2)) + masks.diff(dim=2).abs().sum((1, 2))

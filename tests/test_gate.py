@@ -14,7 +14,7 @@ from medfl.gate import Expected, ReplyRefused, admit
 from medfl.layout import Layout
 from medfl.messages import RAW, Answer, to_array
 from medfl.methods.base import Claim, Role
-from medfl.rules import site_weights, weighted_mean
+from medfl.rules import Before, site_weights, weighted_mean
 
 ONES = np.ones(4, np.float32)
 P, M = Claim(Role.PARAMETER), Claim(Role.NORM_MOMENTS)
@@ -23,14 +23,23 @@ LAYOUT = Layout.of(
         ("encoder.weight", P, (4, 3), "float32"),
         ("encoder.bias", P, (4,), "float32"),
         *((f"encoder.norm.{kind}", M, (4,), "float64") for kind in ("count", "sum", "square")),
+        ("book.counts", Claim(Role.CODEBOOK), (2,), "float64"),
+        ("book.residuals", Claim(Role.CODEBOOK), (2,), "float64"),
+        ("book.sums", Claim(Role.CODEBOOK), (2, 3), "float64"),
+        ("features.count", Claim(Role.STATISTICS), (1,), "float64"),
+        ("features.gram", Claim(Role.STATISTICS), (2, 2), "float64"),
+        ("features.sum", Claim(Role.STATISTICS), (2,), "float64"),
     ]
 )
 BEFORE = {"parameter/all/float32": np.ones(16, np.float32)}
 PARAMETER, MOMENTS = "parameter/all/float32", "norm_moments/all/float64"
+BOOK, FEATURES = "codebook/all/float64", "statistics/all/float64"
 
 
 def honest(site: str = "a") -> Answer:
     flat = {PARAMETER: BEFORE[PARAMETER] + np.float32(0.1), MOMENTS: np.repeat([8.0, 9.0, 2.0], 4)}
+    flat[BOOK] = np.array([3.0, 2.0, 0.5, 0.4, 2.9, 0.0, 0.0, 0.0, 1.9, 0.0])
+    flat[FEATURES] = np.array([4.0, 2.0, 0.5, 0.5, 2.0, 1.0, 1.0])
     metrics = {"site/volumes": 32, "site/steps": 5, "loss/total": 1.0}
     return Answer(site, "nonce-7", LAYOUT.digest, metrics, flat)
 
@@ -135,6 +144,11 @@ MALFORMED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "a flood of metrics": (lambda c: c.metric_records["metrics"].update({f"loss/{i}": 1.0 for i in range(300)}),
                            "at most 200"),
     "moments of no image": (with_array(lambda a: a * 0, MOMENTS), "moments of 'encoder.norm'"),
+    "negative code count": (with_array(at(0, -1.0), BOOK), "codebook 'book' are of no unit tokens"),
+    "code sum longer than its tokens": (with_array(at(4, 3.1), BOOK), "codebook 'book' are of no unit tokens"),
+    "impossible distance to a code": (with_array(at(2, 12.1), BOOK), "codebook 'book' are of no unit tokens"),
+    "feature sums of long vectors": (with_array(at(1, 3.0), FEATURES), "features are of no unit vectors"),
+    "impossible feature product": (with_array(at(2, -5.0), FEATURES), "features are of no unit vectors"),
     "impossible moments": (with_array(at(8, 1e3), MOMENTS), "moments of 'encoder.norm'"),
 }  # fmt: skip
 
@@ -148,7 +162,8 @@ def test_malformed_reply_is_refused_by_name_and_costs_nobody_else(kind: str) -> 
         admit(reply(bad), expected())
     assert "site 'a'" in str(refusal.value)
     good = [admit(reply(honest(site).to_record()), expected(site)) for site in ("b", "c")]
-    mean = weighted_mean([u.flat[PARAMETER] for u in good], site_weights([u.volumes for u in good], 0.5))
+    mean = weighted_mean([u.flat[PARAMETER] for u in good], site_weights([u.volumes for u in good], 0.5),
+                         Before(BEFORE[PARAMETER], []))  # fmt: skip
     np.testing.assert_array_equal(mean, honest().flat[PARAMETER])
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from medfl.gate import Update
-from medfl.layout import Layout, broadcast_layout, study_claims, update_layout
+from medfl.layout import Layout, Policy, broadcast_layout, seed_layout, study_claims, update_layout
 from medfl.methods.base import Claim, Method, Role
 from medfl.optimizers import learning_rate
 from medfl.rounds import Blueprint, Server, _aggregate
@@ -32,45 +32,45 @@ class TwoModalities(Method):
 
 def test_only_what_may_travel_is_in_the_layouts() -> None:
     method = TwoModalities()
-    names = {slot.name for slot in broadcast_layout(method, "pooled").slots}
+    names = {slot.name for slot in broadcast_layout(method, Policy()).slots}
     assert names == {
         n for n in method.state_dict() if not n.startswith(("private", "frozen_head")) and "batches" not in n
     }
-    sums = {slot.name for slot in update_layout(method, "pooled", parameters=False).slots}
+    sums = {slot.name for slot in update_layout(method, Policy(), parameters=False).slots}
     assert sums == {f"shared.1.{kind}" for kind in ("count", "sum", "square")}
-    assert not update_layout(method, "local", parameters=False).slots
-    local = {slot.name for slot in broadcast_layout(method, "local").slots}
+    assert not update_layout(method, Policy(norm="local"), parameters=False).slots
+    local = {slot.name for slot in broadcast_layout(method, Policy(norm="local")).slots}
     assert not {n for n in local if n.startswith("shared.1")}  # FedBN: scale and shift stay as well
-    assert study_claims(method, "local_statistics")["shared.1.weight"].role is Role.PARAMETER
+    assert study_claims(method, Policy(norm="local_statistics"))["shared.1.weight"].role is Role.PARAMETER
 
 
 def test_tensors_survive_packing_in_any_order_and_the_digest_names_the_layout() -> None:
     method = TwoModalities()
-    layout = broadcast_layout(method, "pooled")
+    layout = broadcast_layout(method, Policy())
     state = method.state_dict()
     back = layout.unpack(layout.pack(dict(reversed(state.items()))))
     assert all(torch.equal(back[slot.name], state[slot.name]) for slot in layout.slots)
-    assert layout.digest == broadcast_layout(TwoModalities(), "pooled").digest
-    assert layout.digest != broadcast_layout(method, "local").digest
+    assert layout.digest == broadcast_layout(TwoModalities(), Policy()).digest
+    assert layout.digest != broadcast_layout(method, Policy(norm="local")).digest
 
 
 def test_unclaimed_integer_and_misshapen_tensors_are_refused_by_name() -> None:
     method = TwoModalities()
     method.extra = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"'extra\.weight' is claimed by no prefix"):
-        broadcast_layout(method, "pooled")
+        broadcast_layout(method, Policy())
     with pytest.raises(ValueError, match=r"'counter' is int64.*Claim it as local"):
         Layout.of([("counter", Claim(Role.PARAMETER), (), "int64")])
-    layout = broadcast_layout(TwoModalities(), "pooled")
+    layout = broadcast_layout(TwoModalities(), Policy())
     with pytest.raises(ValueError, match=r"'shared\.0\.bias': got nothing, need shape \(2,\)"):
         layout.pack({})
 
 
 def test_a_site_without_a_modality_does_not_move_its_net_by_a_bit() -> None:
     method = TwoModalities()
-    sends, answers = broadcast_layout(method, "pooled"), update_layout(method, "pooled")
-    blueprint = Blueprint(sends, answers, update_layout(method, "pooled", parameters=False),
-                          sends.pack(method.state_dict()), method.remarks)  # fmt: skip
+    sends, answers = broadcast_layout(method, Policy()), update_layout(method, Policy())
+    blueprint = Blueprint(sends, answers, update_layout(method, Policy(), parameters=False), seed_layout(method),
+                          sends.pack(method.state_dict()), {}, method.remarks, method.alarm)  # fmt: skip
     groups = {g: torch.from_numpy(a) for g, a in blueprint.initial.items() if g.startswith("parameter/")}
     server = Server("federated", "x", blueprint, blueprint.initial, None, parameters=groups)
 

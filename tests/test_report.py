@@ -15,11 +15,23 @@ from hypothesis import strategies as st
 
 from medfl import run_folder
 from medfl.errors import DataError
-from medfl.report import page, summary, wire
+from medfl.report import page, panels, remarks, summary, wire
 from medfl.report.figures import spread
 from medfl.report.summary import Comparison, Estimate, compare_arms
 from medfl.report.tables import FILES, read_run
-from tests.run_folder import ARMS, EVALUATION, ROUNDS, SITES, TRANSFER, WIRE, auc, write_run, write_table
+from tests.run_folder import (
+    ARMS,
+    EVALUATION,
+    ROUNDS,
+    SITES,
+    TRANSFER,
+    WIRE,
+    auc,
+    discrete_crossings,
+    discrete_events,
+    write_run,
+    write_table,
+)
 
 HOSTILE = "</td><script src=//x.example/a.js>alert('$x^2$')</script>&\"'"
 
@@ -52,6 +64,16 @@ def words(markup):
 def rows_of(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def tell(folder, events):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(event)}\n" for event in events)
+
+
+def remark(arm, number, text):
+    where = {"t": "", "stage": "pretrain", "arm": arm, "round": number, "site": ""}
+    return where | {"name": "remark", "value": 1.0, "reason": text}
 
 
 def append(path, *rows):
@@ -196,6 +218,99 @@ def test_a_collapse_is_at_the_top(copy, monkeypatch):
     with (copy / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line | {"name": "monitor/embedding_std", "value": 0.0001}) + "\n")
     assert "fell below a tenth of its first value: federated site-3." in section(page.write(copy).read_text(), "study")
+
+
+def test_without_their_events_there_is_no_section_on_codebooks_and_none_on_remarks(text):
+    assert not re.search(r'(id="|href="#)(codebooks|remarks)"', text)
+
+
+def test_the_codebooks_are_shown_as_they_were_in_the_last_round(copy):
+    tell(copy, discrete_events())
+    append(copy / "wire.csv", *discrete_crossings())
+    text = page.write(copy).read_text()
+    shown = section(text, "codebooks")
+    assert "fine (64 codes), coarse (16 codes)" in shown
+    assert "perplexity / number of codes" in shown
+    assert f"Each site in round {ROUNDS}" in shown
+    assert "fine site-1 0.050 20 % 0.300 0 % site-2 0.150 20 % 0.300 0 %" in shown
+    assert "site-4 – – – –" in shown  # it did not answer
+    assert not re.search(r'class="(bad|box alarm)"', text.split('id="codebooks"')[1].split("</section>")[0])
+    assert 'href="#codebooks"' in text
+
+
+def test_without_the_number_of_codes_perplexity_is_shown_as_it_is(copy):
+    tell(copy, discrete_events())
+    shown = section(page.write(copy).read_text(), "codebooks")
+    assert "perplexity / number of codes" not in shown
+    assert "fine, coarse" in shown
+
+
+def test_an_index_alarm_is_at_the_top_with_its_rounds_even_when_it_is_over(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    tell(copy, discrete_events(alarm=0.123))
+    text = page.write(copy).read_text()
+    for part in ("study", "codebooks"):
+        assert "Index alarm: site-2 counted tokens under other codes" in section(text, part)
+        assert "in fine (rounds 2-3, up to 12 % of its tokens)" in section(text, part)
+
+
+def test_an_index_alarm_of_the_last_round_is_marked_in_the_table(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    events = discrete_events()
+    named = ("site-3", "codebook/scales.coarse.quantizer/index_alarm")
+    for event in events:
+        if (event["site"], event["name"]) == named and event["round"] == ROUNDS:
+            event["value"] = 0.004
+    tell(copy, events)
+    assert re.findall(r'<td class="bad">([^<]*)', page.write(copy).read_text().split('id="codebooks"')[1]) == [
+        "0.4 % !"
+    ]
+
+
+def test_separability_is_no_matter_of_arms_with_one_site(copy):
+    alone = [event | {"arm": "local:site-1"} for event in discrete_events() if event["site"] in ("", "site-1")]
+    tell(copy, [*discrete_events(), *alone])
+    found = {part.heading: [drawn.caption for drawn in part.figures] for part in panels.monitors(read_run(copy))}
+    assert found["Coding rate"] == ["Federated", "Each site alone"]
+    assert found["Site separability"] == ["Federated"]
+
+
+def test_a_remark_is_shown_once_per_arm_with_its_rounds_and_collapses_first(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    said = [remark("federated", at, f"the spread is low: std 0.{at}, at least 0.2 is expected.") for at in (1, 3, 4, 5)]
+    said += [remark("local:site-1", 2, "the spread is low: std 0.12, at least 0.2 is expected.")]
+    said += [remark("federated", at, f"site '{site}' answers late.") for at, site in ((1, "site-1"), (2, "site-2"))]
+    said += [remark("central", at, "collapsed: the predictions are one point.") for at in (5, 4)]
+    tell(copy, said)
+    text = page.write(copy).read_text()
+    shown = section(text, "remarks").partition("Remark central ")[2]
+    assert shown.startswith("4-5 Collapsed: the predictions are one point.")
+    assert "federated 1, 3-5 The spread is low: std 0.5, at least 0.2 is expected." in shown
+    assert "local:site-1 2 The spread is low: std 0.12" in shown
+    assert "federated 1 Site 'site-1' answers late." in shown
+    assert "federated 2 Site 'site-2' answers late." in shown
+    assert shown.count("The spread is low") == 2
+    assert "Warning: training collapsed: central (rounds 4-5)." in section(text, "study")
+    assert "remark" not in section(text, "refusals")
+
+
+@given(st.sets(st.integers(1, 30), min_size=1))
+def test_spans_name_every_round_or_count_them(rounds):
+    text = remarks.spans(rounds)
+    if " from " in text:
+        assert text == f"{len(rounds)} from {min(rounds)} to {max(rounds)}"
+        return
+    ends = [[int(end) for end in part.split("-")] for part in text.split(", ")]
+    assert {at for part in ends for at in range(part[0], part[-1] + 1)} == rounds
+
+
+def test_the_roles_of_dissect_may_travel_and_are_described(copy, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    append(copy / "wire.csv", *discrete_crossings())
+    assert wire.verdict(read_run(copy)).state == "clear"
+    shown = section(page.write(copy).read_text(), "wire")
+    for role in ("codebook", "target", "statistics"):
+        assert f"left {role} {wire.WORDS[role]}" in shown
 
 
 def table_of(tmp_path, values, *, half=0.01):

@@ -1,5 +1,6 @@
 """What a run shows while it goes on, and at its end."""
 
+import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -58,9 +59,10 @@ class Progress:
             self._round(event)
 
     def _remark(self, event: Event) -> None:
-        """Once for each arm and text: what holds in one round mostly holds in the next."""
-        if (event.arm, event.name) not in self.said:
-            self.said.add((event.arm, event.name))
+        """Once for each arm and text up to its first number: what holds in one round mostly holds in the next."""
+        words = re.split(r"\d", event.reason, maxsplit=1)[0]
+        if (event.arm, words) not in self.said:
+            self.said.add((event.arm, words))
             self.console.print(f"[yellow]note[/] {event.arm}, round {event.round}: {event.reason}", soft_wrap=True)
 
     def _round(self, event: Event) -> None:
@@ -101,9 +103,11 @@ def _shift_line(shift: dict[str, Any]) -> str:
     return "site shift: " + ", ".join(words)
 
 
-def summary(folder: RunFolder) -> Table:
-    """Linear-probe AUC of every arm, and where everything is."""
+def summary(folder: RunFolder) -> Table | str:
+    """Linear-probe AUC of every arm if there is any, and where everything is."""
     rows = [r for r in folder.evaluations() if r["protocol"] == "linear" and r["metric"] == "auc"]
+    if not rows:
+        return _files(folder)
     arms = list(dict.fromkeys(_group(row["arm"]) for row in rows))
     sites = list(dict.fromkeys(row["site"] for row in rows))
     table = Table(title="linear-probe AUC on the frozen encoder (95 % interval)", title_justify="left",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medfl.models.quantizer import Quantizer
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,6 +26,7 @@ class Role(StrEnum):
     QUEUE = "queue"
     LOCAL = "local"
     FIXED = "fixed"
+    STATISTICS = "statistics"  # plain sums for the monitors; no tensor of a method has this role
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class Method(nn.Module):
         claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
         labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
+        targets: prefix of each momentum copy -> prefix of its online net; names below both are equal.
+        target_mode: what rounds.target=auto means for it.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("pretrain",)
     claims: Mapping[str, Claim]
     labelled: bool = False
     encoder: nn.Module
+    targets: ClassVar[Mapping[str, str]] = {}
+    target_mode: ClassVar[str] = "average"
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +74,15 @@ class Method(nn.Module):
         """What a study lead should know of a round, from its mean terms and monitors; nothing by default."""
         del means
         return []
+
+    def alarm(self, means: Mapping[str, float]) -> str:
+        """Why training has collapsed, from a round's mean terms and monitors; empty where it has not."""
+        del means
+        return ""
+
+    def codebooks(self) -> dict[str, Quantizer]:
+        """The quantizers by name, claimed as CODEBOOK."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
 
     def observe(self, images: Tensor, progress: float) -> Tensor:
         """Features (B, F), without gradient, after every batch norm of the method has seen `images`.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from medfl.files import write_bytes
-from medfl.report import panels, scores, sections
+from medfl.report import codebooks, panels, remarks, scores, sections
 from medfl.report.style import STYLE
 from medfl.report.summary import compare_arms
 from medfl.report.tables import Run, read_run
@@ -28,10 +28,11 @@ def render(run: Run) -> str:
 
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
     main = compare_arms(run, "linear", "auc")
+    some = {"codebooks": codebooks.section(run), "remarks": remarks.section(run)}  # {} where nothing is recorded
     return template.render(
         name=run.name,
         style=STYLE,
-        contents=CONTENTS,
+        contents=[(name, title) for name, title in CONTENTS if some.get(name, True)],
         study=sections.study(run, main),
         sites=sections.sites(run),
         losses=panels.losses(run),
@@ -40,6 +41,7 @@ def render(run: Run) -> str:
         transfer=scores.transfer(run),
         monitors=panels.monitors(run),
         collapse=panels.collapse_words(run),
+        **some,
         wire=sections.crossed(run),
         refusals=sections.refusals(run),
         provenance=sections.provenance(run),

@@ -10,36 +10,49 @@ from medfl.report.tables import Run, ordered_sites
 GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
 POINTS = 1600  # of one panel; longer runs are drawn with every k-th round
 COLOURS = 8  # lines that can be told apart; with more sites they are all grey
-MONITORS = {  # name -> (heading, unit, how to read it)
-    "rankme": (
+MONITORS = {  # event -> (heading, unit, how to read it)
+    "monitor/rankme": (
         "RankMe",
         "effective rank",
         "Directions that the embeddings use. A fall towards 1 is a collapse.",
     ),
-    "embedding_std": (
+    "monitor/embedding_std": (
         "Embedding spread",
         "standard deviation",
         "Over the images, mean of all coordinates. 0 means that every image looks the same.",
     ),
-    "alignment": (
+    "monitor/alignment": (
         "Alignment",
         "squared distance",
         "Between two views of one image. Lower is closer; 0 together with no spread is a collapse.",
     ),
-    "uniformity": (
+    "monitor/uniformity": (
         "Uniformity",
         "log potential",
         "Of pairs of images. Lower is more evenly spread; 0 is a collapse.",
     ),
+    "features/coding_rate": (
+        "Coding rate",
+        "nats",
+        "How much room the features fill, over all sites and at each. A fall towards 0 is a collapse.",
+    ),
+    "features/site_separability": (
+        "Site separability",
+        "nats",
+        "Coding rate of all sites together minus their mean. At 0 sites cannot be told apart by spread; it falls as "
+        "the encoder forgets the scanner. Sites with few images raise it.",
+    ),
 }
+BETWEEN_SITES = ("features/site_separability",)  # 0 by definition in an arm of one site
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure and its caption."""
+    """A figure, its caption, and how to read it where its gallery does not say."""
 
     caption: str
     svg: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def losses(run: Run) -> list[Gallery]:
 
 def monitors(run: Run) -> list[Gallery]:
     """One gallery per collapse monitor that was recorded."""
-    found = [_gallery(run, f"monitor/{name}", *words) for name, words in MONITORS.items()]
+    found = [_gallery(run, name, *words) for name, words in MONITORS.items()]
     return [gallery for gallery in found if gallery.figures]
 
 
@@ -74,7 +87,7 @@ def pace(run: Run) -> list[Gallery]:
     rounds = tuple(
         Series(arm.removeprefix("local:"), *line, inks.get(arm, "muted"), strong=arm == "federated")
         for arm in arms
-        if (line := _line(run, "round/seconds", arm, ""))
+        if (line := line_of(run, "round/seconds", arm, ""))
     )
     panels = [
         Panel("Whole round, by arm", "seconds", rounds),
@@ -82,7 +95,7 @@ def pace(run: Run) -> list[Gallery]:
         Panel("Federated, weight in the average", "share", _series(run, "round/weight", "federated")),
         Panel("Federated, size of the update", "L2 norm", _series(run, "round/update_norm", "federated")),
     ]
-    drawn = tuple(_drawn(panel) for panel in panels if panel.series)
+    drawn = tuple(draw(panel) for panel in panels if panel.series)
     return [Gallery("Time, weight and size of the updates", "", drawn)] if drawn else []
 
 
@@ -91,7 +104,7 @@ def collapse_words(run: Run) -> str:
     lines = {
         f"{arm} {site}".strip(): line
         for name, arm, site in sorted(run.lines)
-        if name == "monitor/embedding_std" and (line := _line(run, name, arm, site))
+        if name == "monitor/embedding_std" and (line := line_of(run, name, arm, site))
     }
     if not lines:
         return "The spread of the embeddings was not recorded, so a collapse cannot be ruled out here."
@@ -111,17 +124,42 @@ def rounds_of(run: Run) -> dict[str, int]:
     return {arm: found[arm] for arm in sorted(found, key=_arm_order)}
 
 
+def line_of(run: Run, name: str, arm: str, site: str) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Rounds and values of the pretrain stage; None when there is no finite value."""
+    points = run.lines.get((name, arm, site), ())
+    if not any(math.isfinite(value) for _, value in points):
+        return None
+    return tuple(at for at, _ in points), tuple(value for _, value in points)
+
+
+def draw(panel: Panel, note: str = "") -> Drawn:
+    """The panel under its own title."""
+    return Drawn(panel.title, curves(panel), note)
+
+
+def thinned(lines: Sequence[Series]) -> tuple[Series, ...]:
+    """Every k-th point, counted from the last one."""
+    step = _step(lines)
+    return tuple(
+        Series(
+            line.label,
+            line.rounds[::-1][::step][::-1],
+            line.values[::-1][::step][::-1],
+            line.ink,
+            line.strong,
+        )
+        for line in lines
+    )
+
+
 def _gallery(run: Run, name: str, heading: str, unit: str, note: str) -> Gallery:
-    groups = {title: lines for kind, title in GROUPS.items() if (lines := _series(run, name, kind))}
+    kinds = ("federated",) if name in BETWEEN_SITES else tuple(GROUPS)
+    groups = {GROUPS[kind]: lines for kind in kinds if (lines := _series(run, name, kind))}
     limits = limits_of(tuple(groups.values()))
     skipped = max((_step(lines) for lines in groups.values()), default=1)
     thin = f" At least every {skipped}th round is drawn." if skipped > 1 else ""
-    drawn = tuple(_drawn(Panel(title, unit, _thinned(lines), limits)) for title, lines in groups.items())
+    drawn = tuple(draw(Panel(title, unit, thinned(lines), limits)) for title, lines in groups.items())
     return Gallery(heading, f"{note}{thin}", drawn)
-
-
-def _drawn(panel: Panel) -> Drawn:
-    return Drawn(panel.title, curves(panel))
 
 
 def _series(run: Run, name: str, kind: str) -> tuple[Series, ...]:
@@ -138,38 +176,15 @@ def _series(run: Run, name: str, kind: str) -> tuple[Series, ...]:
         owner = arm.partition(":")[2]
         label = owner or site or ("all sites" if kind == "federated" else arm)
         strong = label not in inks
-        line = _line(run, name, arm, site)
+        line = line_of(run, name, arm, site)
         twice = kind != "federated" and not site and any(other == arm and known for other, known in keys)
         if line and not twice:
             found.append(Series(label, *line, "ink" if strong else inks[label], strong))
     return tuple(found)
 
 
-def _line(run: Run, name: str, arm: str, site: str) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Rounds and values; None when there is no finite value."""
-    points = run.lines.get((name, arm, site), ())
-    if not any(math.isfinite(value) for _, value in points):
-        return None
-    return tuple(at for at, _ in points), tuple(value for _, value in points)
-
-
 def _step(lines: Sequence[Series]) -> int:
     return math.ceil(sum(len(line.rounds) for line in lines) / POINTS)
-
-
-def _thinned(lines: Sequence[Series]) -> tuple[Series, ...]:
-    """Every k-th point, counted from the last one."""
-    step = _step(lines)
-    return tuple(
-        Series(
-            line.label,
-            line.rounds[::-1][::step][::-1],
-            line.values[::-1][::step][::-1],
-            line.ink,
-            line.strong,
-        )
-        for line in lines
-    )
 
 
 def _arm_order(arm: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medfl.report import panels, summary, wire
+from medfl.report import codebooks, panels, remarks, summary, wire
 from medfl.report.scores import NONE, TITLES, Section
 from medfl.report.summary import Comparison, Estimate, bounds
 from medfl.report.tables import FILES, Run, ordered_sites
@@ -48,7 +48,9 @@ def study(run: Run, main: Comparison) -> Section:
         "metric": f"Mean {summary.name_of(main)}",
         "facts": _facts(run) + _stages(run),
         "alarms": [text for text in (said.text,) if said.state == "alarm"]
-        + [text for text in (collapse,) if text.startswith("Warning")],
+        + [text for text in (collapse,) if text.startswith("Warning")]
+        + [text for text in (remarks.collapse_alarm(run),) if text]
+        + codebooks.index_alarms(run),
         "notes": [f"{name} is not there ({FILES[name]})." for name in run.missing] + list(run.problems),
     }
 
@@ -102,7 +104,7 @@ def crossed(run: Run) -> Section:
 
 def refusals(run: Run) -> Section:
     """Replies that did not count and other incidents, with reasons, and how many sites each round had."""
-    rows = [e for e in run.events if e.name == "refused" or e.reason]
+    rows = [e for e in run.events if e.name == "refused" or (e.reason and e.name != remarks.NAME)]
     counts = [
         f"{value:.0f}"
         for (name, arm, _), line in run.lines.items()

@@ -80,6 +80,7 @@ tr.sum small { font-weight: 400; }
   26px; margin: 12px 0; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-size: 0.88rem; font-weight: 600; margin-bottom: 2px; overflow-wrap: anywhere; }
+figure .note { font-size: 0.84rem; margin: 2px 0 0; max-width: 48ch; }
 svg { display: block; width: 100%; height: auto; max-width: 440px; font-family: var(--sans);
   stroke-linejoin: round; }
 table.heat td { min-width: 84px; text-align: center; border: 3px solid var(--paper); padding: 9px 10px;

@@ -1,5 +1,7 @@
 """The page's HTML. A string, since only .py and .yaml files travel in the app bundle."""
 
+from medfl.report.template_rounds import CODEBOOKS, COLLAPSE, REMARKS, TRAINING
+
 MACROS = """
 {%- macro gallery(part) %}
 <h3>{{ part.heading }}</h3>
@@ -8,7 +10,8 @@ MACROS = """
 {%- endmacro %}
 {%- macro grid(figures) %}
 <div class="grid">{% for drawn in figures %}
-<figure><figcaption>{{ drawn.caption }}</figcaption>{{ drawn.svg | safe }}</figure>{% endfor %}</div>
+<figure><figcaption>{{ drawn.caption }}</figcaption>{{ drawn.svg | safe }}
+{%- if drawn.note %}<p class="note">{{ drawn.note }}</p>{% endif %}</figure>{% endfor %}</div>
 {%- endmacro %}
 {%- macro number(cell, class="") -%}
 <td class="{{ class }}">{{ cell.value }}
@@ -72,21 +75,6 @@ SITES = """
 {% else %}
 {{ absent("No description of the sites (sites.json): it is written for simulations only. Sites seen in the "
 ~ "other files: " ~ (sites.others | join(", ") or "none") ~ ".") }}
-{% endif %}
-</section>
-"""
-
-TRAINING = """
-<section id="training"><h2>Training</h2>
-{% if losses or pace %}
-<p class="note">By round. Panels of one loss share their scale. Losses are means over a round's steps.</p>
-{% for part in losses[:1] + pace %}{{ gallery(part) }}{% endfor %}
-{% if losses[1:] %}
-<details><summary>The terms of the loss and the method's own monitors</summary>
-{% for part in losses[1:] %}{{ gallery(part) }}{% endfor %}</details>
-{% endif %}
-{% else %}
-{{ absent("No round of pretraining is recorded yet (metrics.jsonl).") }}
 {% endif %}
 </section>
 """
@@ -155,18 +143,6 @@ another (column). Framed: the site's own encoder. Small print: 95 % intervals.</
 {{ facts(transfer.facts, "wide") }}
 {% else %}
 {{ absent("No transfer matrix yet: the transfer stage has not been run.") }}
-{% endif %}
-</section>
-"""
-
-COLLAPSE = """
-<section id="collapse"><h2>Collapse monitors</h2>
-{% if monitors %}
-<p>{{ collapse }}</p>
-<p class="note">Measured by each site on its own training images, under the weights that it received.</p>
-{% for part in monitors %}{{ gallery(part) }}{% endfor %}
-{% else %}
-{{ absent("No collapse monitor is recorded yet (metrics.jsonl).") }}
 {% endif %}
 </section>
 """
@@ -257,11 +233,12 @@ CONTENTS = (
     ("transfer", "Transfer"),
     ("training", "Training"),
     ("collapse", "Collapse monitors"),
+    ("codebooks", "Codebooks"),
+    ("remarks", "Remarks"),
     ("wire", "What left each site"),
     ("refusals", "Refusals"),
     ("provenance", "Provenance"),
     ("limits", "Limits"),
 )
-PAGE = "".join(
-    (MACROS, HEAD, CARD, SITES, ARMS, TRANSFER, TRAINING, COLLAPSE, WIRE, CLOSING, "</main></body></html>\n")
-)
+SECTIONS = (SITES, ARMS, TRANSFER, TRAINING, COLLAPSE, CODEBOOKS, REMARKS, WIRE, CLOSING)
+PAGE = "".join((MACROS, HEAD, CARD, *SECTIONS, "</main></body></html>\n"))

@@ -9,13 +9,14 @@ from medfl.report.rows import Crossing
 from medfl.report.tables import Run
 
 STAYS = ("queue", "local", "fixed")  # roles that never leave a site
-TRAVELS = ("parameter", "norm_moments", "codebook", "target")
+TRAVELS = ("parameter", "norm_moments", "codebook", "target", "statistics")
 METRIC = "metric"
 WORDS = {
     "parameter": "weights",
     "norm_moments": "batch-norm statistics over many images",
     "codebook": "codebook counts and sums over many images",
-    "target": "weights of the momentum copy",
+    "target": "weights of the slow copy that sets the training target",
+    "statistics": "feature sums over many images, for the monitors",
     "metric": "single numbers, named below",
     "order": "the study and what to run",
     "queue": "features of single patients",

@@ -11,12 +11,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import app as client
-from medfl import config
+from medfl import config, site_books
 from medfl.carriers import InProcessGrid, simulate
 from medfl.checkpoint import newest
+from medfl.layout import Policy, broadcast_layout
 from medfl.messages import PRETRAIN, Broadcast
 from medfl.run_folder import RunFolder
 from medfl.site import Site, new_method, open_site, sites_of
+from medfl.study import Study
 from medfl.training import Device, Plan, Task, train_locally
 from server.app import app as server
 from tests.federation.small import digest, run, small_study
@@ -33,24 +35,35 @@ def test_one_site_is_central_training_bit_for_bit(method: str, tmp_path: Path) -
         "sites.count=1",
         "arms=[federated]",
         "training.optimizer_state=keep",
+        "rounds.codebook=local",  # the broadcast one is a Lloyd step ahead of a plain loop
     )
     folder = run(study, nodes=2)
     saved, _ = newest(folder.path / "checkpoints")
     assert saved is not None
     data = sites_of(study)[0]
     plain = new_method(study)
+    for name, book in started_books(study).items():
+        plain.codebooks()[name].set(*book)
     optimizer = config.build(study.training.optimizer, parameters=plain.trainable())
     task = Task(data.train.images, data.train.labels, config.build(study.views))
     where = Device.choose("cpu", "fp32", "never")
     for number in (1, 2):
         plan = Plan(study.seed, data.name, number, 2, study.training.steps, 32, study.training.warmup)
         train_locally(plain, task, optimizer, plan, where)
-    from medfl.layout import broadcast_layout
-
-    federated = broadcast_layout(plain, "pooled").unpack({g: t.numpy() for g, t in saved.tensors.items()})
+    sends = broadcast_layout(plain, Policy.of(plain, study.rounds))
+    federated = sends.unpack({g: t.numpy() for g, t in saved.tensors.items()})
     for name, value in dict(plain.named_parameters()).items():
         if name in federated:
             torch.testing.assert_close(federated[name], value.detach(), rtol=0, atol=0, msg=name)
+
+
+def started_books(study: Study) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The site's own k-means under the initial weights, scaled to the tokens of a step."""
+    site = open_site(study.source, 0)
+    site.shop.method.load_state_dict(new_method(study).state_dict())
+    site._start_own_books()
+    site_books.take_prior(site.shop.method, 2 * 32)
+    return {name: (book.counts.clone(), book.sums.clone()) for name, book in site.shop.method.codebooks().items()}
 
 
 def test_two_identical_sites_are_one(tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def test_only_allowed_roles_leave_a_site(method: str, norm: str, tmp_path: Path)
     with (folder.path / "wire.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     up = {row["role"] for row in rows if row["direction"] == "up"}
-    assert up <= {"parameter", "norm_moments", "codebook", "target", "metric"}
+    assert up <= {"parameter", "norm_moments", "codebook", "target", "statistics", "metric"}
     stays = {"pooled": set(), "local_statistics": {"norm_moments"}, "local": {"norm_moments"}}[norm]
     assert not up & stays
     assert not [row for row in rows if row["name"].endswith("num_batches_tracked")]

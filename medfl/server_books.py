@@ -1,0 +1,158 @@
+"""Codebooks on the server: the first one, the merge of every round, revival, and what their sums tell.
+
+All inputs are sums over many images of many sites; no token and no single site's code is ever looked at alone, but for
+the union that starts the first codebook and for the diagnostics per site.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medfl import codebooks, seeding
+from medfl.codebooks import Book
+from medfl.errors import ConfigError
+from medfl.gate import Update
+from medfl.layout import Layout, Tensors
+from medfl.methods.base import Method, Role
+from medfl.models.quantizer import CodeSums
+from medfl.study import Study
+
+CALM = 2  # last rounds without revival: a new code needs some rounds to find its tokens
+DEAD = 0.02  # of the mean tokens per code, of all sites together
+PATIENCE = 2  # rounds below that
+MOST = 0.25  # of the codes revived in one round
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the server must know of one codebook."""
+
+    codes: int
+    decay: float
+    smoothing: float
+    tokens: int  # per image
+
+
+def kinds_of(method: Method) -> dict[str, Kind]:
+    books = method.codebooks().items()
+    return {name: Kind(len(b.counts), b.decay, b.smoothing, b.tokens_per_image) for name, b in books}
+
+
+def tensors_of(update: Update, layout: Layout) -> Tensors:
+    """The codebook sums in an update, by name."""
+    return Layout(tuple(slot for slot in layout.slots if slot.role is Role.CODEBOOK)).unpack(update.flat)
+
+
+def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, seed: int) -> dict[str, Book]:
+    """The first codebooks: weighted k-means of all sites' own centres.
+
+    Raises:
+        ConfigError: no centre of any site is used by enough images to be sent.
+    """
+    found = {}
+    for name, kind in kinds.items():
+        parts = [Book(t[f"{name}.counts"], t[f"{name}.sums"]) for t in (tensors_of(u, layout) for u in updates)]
+        if not any(float(part.counts.sum()) > 0 for part in parts):
+            raise ConfigError(
+                f"codebook '{name}': no centre is used by rounds.codebook_images images of any site. "
+                "Lower rounds.codebook_images or the number of codes."
+            )
+        found[name] = codebooks.union(parts, kind.codes, seeding.generator(seed, "codebook", name))
+    return found
+
+
+def lloyd(books: Mapping[str, Book], updates: Sequence[Update], layout: Layout, seed: int) -> dict[str, Book]:
+    """One step of Lloyd's algorithm on the tokens of all sites; codes that got next to nothing are split off others."""
+    found = {}
+    for name, book in books.items():
+        total = codebooks.add([_sums(update, name, layout) for update in updates])
+        merged, idle = codebooks.merge_refresh(book, total, keep=0.0), torch.zeros(len(book.counts), dtype=torch.int64)
+        draw = seeding.generator(seed, "codebook", name, "split")
+        found[name], _, _ = codebooks.revive(merged, total, idle, share=DEAD, patience=1, most=1.0, generator=draw)
+    return found
+
+
+@dataclass
+class Books:
+    """The codebooks of one arm, over its rounds."""
+
+    kinds: Mapping[str, Kind]
+    idle: Tensors  # (K,) int64 per codebook: rounds running in which a code got next to nothing
+
+    @classmethod
+    def start(cls, kinds: Mapping[str, Kind], saved: Mapping[str, Tensor]) -> "Books":
+        fresh = {name: torch.zeros(kind.codes, dtype=torch.int64) for name, kind in kinds.items()}
+        return cls(kinds, {name: saved.get(f"idle/{name}", zeros) for name, zeros in fresh.items()})
+
+    def checkpoint(self) -> Tensors:
+        return {f"idle/{name}": tensor for name, tensor in self.idle.items()}
+
+    def merge(
+        self, book: Book, name: str, updates: Sequence[Update], weights: Sequence[float], layout: Layout, mode: str,
+        keep: float,
+    ) -> tuple[Book, dict[str, CodeSums]]:  # fmt: skip
+        """The new codebook of a round by `rounds.codebook`, and each site's sums."""
+        kind, sums = self.kinds[name], {u.site: _sums(u, name, layout) for u in updates}
+        parts = list(sums.values())
+        if mode == "refresh":
+            return codebooks.merge_refresh(book, codebooks.add(parts), keep), sums
+        books = [Book(part.counts, part.sums) for part in parts]
+        if mode == "mean":
+            return _or_old(codebooks.merge_mean(books, weights, kind.smoothing), book), sums
+        steps = sum(u.metrics["site/steps"] * w for u, w in zip(updates, weights, strict=True))
+        return codebooks.merge_increments(book, books, kind.decay, steps), sums
+
+    def revive(self, book: Book, name: str, sums: Mapping[str, CodeSums], seed: int, number: int) -> tuple[Book, int]:
+        """Split the codes with most distortion into those that nobody has used for two rounds."""
+        draw = seeding.generator(seed, "revival", name, number)
+        total = codebooks.add(list(sums.values()))
+        revived, self.idle[name], count = codebooks.revive(
+            book, total, self.idle[name], share=DEAD, patience=PATIENCE, most=MOST, generator=draw
+        )
+        return revived, count
+
+
+def _or_old(book: Book, old: Book) -> Book:
+    """`book`, with the old code in the place of one that no site has sent."""
+    silent = book.counts <= 0
+    kept = (old.counts * codebooks.FLOOR).where(silent, book.counts)
+    return Book(kept, (old.sums * codebooks.FLOOR).where(silent[:, None], book.sums))
+
+
+def _sums(update: Update, name: str, layout: Layout) -> CodeSums:
+    found = tensors_of(update, layout)
+    counts = found[f"{name}.counts"]
+    return CodeSums(counts, found[f"{name}.sums"], found[f"{name}.residuals"], torch.zeros_like(counts))
+
+
+def round_of(
+    books: Books, tensors: Tensors, updates: Sequence[Update], weights: Sequence[float], layout: Layout, study: Study,
+    number: int,
+) -> Iterator[tuple[str, str, float]]:  # fmt: skip
+    """Move every codebook by one round, in place in `tensors`; yields (site, name, value) of its diagnostics."""
+    rounds = study.rounds
+    for name in books.kinds:
+        counts, sums = tensors[f"{name}.counts"], tensors[f"{name}.sums"]
+        before = Book(counts.double(), sums.double())
+        if float(before.counts.sum()) == 0:  # an arm without training has no codebook
+            continue
+        after, parts = books.merge(before, name, updates, weights, layout, rounds.codebook, rounds.codebook_keep)
+        revived = 0
+        if 0 < number <= rounds.count - CALM:
+            after, revived = books.revive(after, name, parts, study.seed, number)
+        counts.copy_(after.counts)
+        sums.copy_(after.sums)
+        yield "", f"codebook/{name}/revived", float(revived)
+        yield from _told(name, codebooks.health(before, after, parts, share=DEAD), rounds.codebook)
+
+
+def _told(name: str, health: codebooks.Health, mode: str) -> Iterator[tuple[str, str, float]]:
+    for kind in ("perplexity", "dead", "rare", "drift", "exclusivity"):
+        yield "", f"codebook/{name}/{kind}", float(getattr(health, kind))
+    # where codes move during the round, honest tokens can lie nearer to another of the broadcast codes
+    kinds = ("js", "exclusive", "error", "index_alarm") if mode == "refresh" else ("js", "exclusive", "error")
+    for site, found in health.sites.items():
+        for kind in kinds:
+            yield site, f"codebook/{name}/{kind}", float(getattr(found, kind))

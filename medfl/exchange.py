@@ -76,8 +76,27 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
     Raises:
         NetworkError (or the sites' common error): none came online, or none could take part, with each reason.
     """
+    found, refused = _ask_who(federation, _wait(federation.grid, expected, federation.study.rounds.deadline))
+    if not found:
+        reasons = " ".join(text for _, text in refused)
+        raise _common([reply for reply, _ in refused], f"no site could take part. {reasons}")
+    return found
+
+
+def newcomers(federation: Federation, known: set[int]) -> list[Enrolled]:
+    """Sites on nodes that are online and not in `known`; nobody waits for them. Every node is asked once.
+
+    Args:
+        known: nodes asked so far; the new ones are added.
+    """
+    nodes = sorted(set(federation.grid.get_node_ids()) - known)
+    known.update(nodes)
+    return _ask_who(federation, nodes)[0] if nodes else []
+
+
+def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolled], list[tuple[Message, str]]]:
+    """Who answers, in the order of names, and the refused replies with their reasons."""
     study, folder = federation.study, federation.folder
-    nodes = _wait(federation.grid, expected, study.rounds.deadline)
     order = Order(study.source, "none", "none", "none", 0, study.rounds.count, 0, "none", uuid.uuid4().hex)
     content = Broadcast(order).to_record()
     asked = [Message(content, dst_node_id=node, message_type=DESCRIBE, group_id="enrol") for node in nodes]
@@ -93,10 +112,7 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
         except ReplyRefused as error:
             refused.append((reply, str(error)))
     folder.write(Event("enrol", "", 0, "", "refused", 1.0, text) for _, text in refused)
-    if not found:
-        reasons = " ".join(text for _, text in refused)
-        raise _common([reply for reply, _ in refused], f"no site could take part. {reasons}")
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in sorted(found)], refused
 
 
 def _enrol_rows(site: str, reply: Message) -> Iterator[dict[str, object]]:

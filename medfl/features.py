@@ -17,7 +17,8 @@ def told(updates: Sequence[Update], layout: Layout) -> list[tuple[str, str, floa
     """(site, name, value): global coding rate and RankMe, the rate of each site, and the separability of the sites.
 
     Separability is R(all) - Σ w_i R(site i), w_i by images: the rate reduction of the division into sites (Yu et al.
-    2020, eq. 8). It is 0 if every site's features are spread like all, and falls as the encoder forgets the scanner.
+    2020, eq. 8). It falls as the encoder forgets the scanner. With few images per feature it is far above 0 without any
+    difference between the sites: read its change over the rounds, beside the rate, not its level.
     """
     slots = Layout(tuple(slot for slot in layout.slots if slot.role is Role.STATISTICS))
     if not slots.slots:

@@ -200,6 +200,21 @@ def seed_codebooks(federation: Federation, server: Server, sites: Sequence[Enrol
     server.set_books({n: book.scaled(images * server.books.kinds[n].tokens) for n, book in books.items()})
 
 
+def join_codebooks(federation: Federation, server: Server, members: int, joined: Sequence[Enrolled]) -> None:
+    """Codes for the tokens of sites that come late: theirs and the present ones as points, clustered to as many.
+
+    Args:
+        members: sites so far.
+    """
+    if not server.books.kinds or not joined:
+        return
+    layout = server.blueprint.seeds
+    order = order_of(federation.study, server, server.round, 1)
+    request = Request(SEED, order, server.blueprint.sends, server.flat, layout, layout.digest, trains=False)
+    updates = collect(federation, request, joined)
+    server.set_books(server_books.joined(server.get_books(), members, updates, layout, federation.study.seed))
+
+
 def _ask_sums(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> list[Update]:
     sums = server.blueprint.sums
     order = order_of(federation.study, server, server.round, 1)

@@ -63,6 +63,21 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
     return found
 
 
+def joined(
+    books: Mapping[str, Book], members: int, updates: Sequence[Update], layout: Layout, seed: int
+) -> dict[str, Book]:
+    """The codebooks of `members` sites with the centres of newcomers, each of them with the mass of one member."""
+    found = {}
+    for name, book in books.items():
+        share = float(book.counts.sum()) / members
+        new = [
+            Book(t[f"{name}.counts"], t[f"{name}.sums"]).scaled(share) for t in (tensors_of(u, layout) for u in updates)
+        ]
+        draw = seeding.generator(seed, "codebook", name, members)
+        found[name] = codebooks.union([book, *new], len(book.counts), draw)
+    return found
+
+
 def lloyd(books: Mapping[str, Book], updates: Sequence[Update], layout: Layout, seed: int) -> dict[str, Book]:
     """One step of Lloyd's algorithm on the tokens of all sites; codes that got next to nothing are split off others."""
     found = {}

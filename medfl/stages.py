@@ -7,12 +7,21 @@ from safetensors.torch import load_file
 
 from medfl import checkpoint
 from medfl.errors import ConfigError
-from medfl.exchange import Enrolled, Federation, Request, collect, enrol
+from medfl.exchange import Enrolled, Federation, Request, collect, enrol, newcomers
 from medfl.export import write_encoder
 from medfl.files import write_tensors
 from medfl.layout import Layout
 from medfl.messages import EVALUATE
-from medfl.rounds import Blueprint, Server, order_of, refresh, run_round, seed_codebooks, stop_if_collapsed
+from medfl.rounds import (
+    Blueprint,
+    Server,
+    join_codebooks,
+    order_of,
+    refresh,
+    run_round,
+    seed_codebooks,
+    stop_if_collapsed,
+)
 from medfl.run_folder import Evaluated, Event
 from medfl.site import CENTRAL
 from medfl.study import Study
@@ -36,6 +45,14 @@ def run(federation: Federation, stages: Sequence[str], expected: int) -> None:
         federation.folder.write(Event("enrol", "", 0, s.name, "site/train", float(s.volumes)) for s in sites)
     for stage in stages:
         STAGES[stage](federation, sites)
+        if stage == "pretrain":  # those who came during the rounds are evaluated too
+            sites = _with(sites, newcomers(federation, {site.node for site in sites}))
+
+
+def _with(sites: Sequence[Enrolled], new: Sequence[Enrolled]) -> list[Enrolled]:
+    """All of them by name; a site that came back on another node is there once, on the new one."""
+    found = {site.name: site for site in (*sites, *new)}
+    return [found[name] for name in sorted(found)]
 
 
 def arms_of(study: Study, sites: Sequence[Enrolled]) -> dict[str, Arm]:
@@ -55,24 +72,38 @@ def pretrain(federation: Federation, sites: Sequence[Enrolled]) -> None:
     blueprint = Blueprint.of(federation.study)
     for name, arm in arms_of(federation.study, sites).items():
         if not (federation.folder.arm(name) / "model.safetensors").exists():
-            _train(federation, name, arm, blueprint)
+            _train(federation, name, arm, blueprint, known={site.node for site in sites})
 
 
-def _train(federation: Federation, name: str, arm: Arm, blueprint: Blueprint) -> None:
+def _train(federation: Federation, name: str, arm: Arm, blueprint: Blueprint, known: set[int]) -> None:
     study, folder = federation.study, federation.folder.arm(name)
     saved, damaged = checkpoint.newest(folder / "checkpoints")
     server = Server.start(study, name, blueprint, saved)
     federation.folder.forget_after(name, server.round)
     federation.folder.write(Event("pretrain", name, server.round, "", "checkpoint/damaged", 1.0, d) for d in damaged)
+    members = arm.members
     if arm.steps and server.round == 0:
-        seed_codebooks(federation, server, arm.members)
+        seed_codebooks(federation, server, members)
     while arm.steps and server.round < study.rounds.count:
-        run_round(federation, server, arm.members, arm.steps)
+        if name == "federated":
+            members = _welcome(federation, server, members, known)
+        run_round(federation, server, members, arm.steps)
         checkpoint.save(folder / "checkpoints", server.round, server.checkpoint(), keep=study.rounds.keep_checkpoints)
         stop_if_collapsed(study, server)
-    refresh(federation, server, arm.members)
+    refresh(federation, server, members)
     write_encoder(folder, study, server)
     write_tensors(folder / "model.safetensors", server.tensors())
+
+
+def _welcome(
+    federation: Federation, server: Server, members: Sequence[Enrolled], known: set[int]
+) -> Sequence[Enrolled]:
+    """The members of the next round, with the sites that came online since the last, or came back on another node."""
+    new = [site for site in newcomers(federation, known) if not site.held_out and site.name != CENTRAL]
+    late = [site for site in new if site.name not in {member.name for member in members}]
+    join_codebooks(federation, server, len(members), late)
+    federation.folder.write(Event("pretrain", server.arm, server.round + 1, site.name, "joined", 1.0) for site in late)
+    return _with(members, new)
 
 
 def evaluate(federation: Federation, sites: Sequence[Enrolled]) -> None:

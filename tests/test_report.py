@@ -232,7 +232,7 @@ def test_the_codebooks_are_shown_as_they_were_in_the_last_round(copy):
     assert "fine (64 codes), coarse (16 codes)" in shown
     assert "perplexity / number of codes" in shown
     assert f"Each site in round {ROUNDS}" in shown
-    assert "fine site-1 0.050 20 % 0.300 0 % site-2 0.150 20 % 0.300 0 %" in shown
+    assert "fine site-1 0.050 20.0 % 0.300 0.0 % site-2 0.150 20.0 % 0.300 0.0 %" in shown
     assert "site-4 – – – –" in shown  # it did not answer
     assert not re.search(r'class="(bad|box alarm)"', text.split('id="codebooks"')[1].split("</section>")[0])
     assert 'href="#codebooks"' in text
@@ -250,8 +250,8 @@ def test_an_index_alarm_is_at_the_top_with_its_rounds_even_when_it_is_over(copy,
     tell(copy, discrete_events(alarm=0.123))
     text = page.write(copy).read_text()
     for part in ("study", "codebooks"):
-        assert "Index alarm: site-2 counted tokens under other codes" in section(text, part)
-        assert "in fine (rounds 2-3, up to 12 % of its tokens)" in section(text, part)
+        assert "Index alarm: site-2 counted tokens under codes that do not fit them" in section(text, part)
+        assert "fine (rounds 2-3, up to 12.3 % of its tokens)" in section(text, part)
 
 
 def test_an_index_alarm_of_the_last_round_is_marked_in_the_table(copy, monkeypatch):
@@ -290,7 +290,7 @@ def test_a_remark_is_shown_once_per_arm_with_its_rounds_and_collapses_first(copy
     assert "federated 1 Site 'site-1' answers late." in shown
     assert "federated 2 Site 'site-2' answers late." in shown
     assert shown.count("The spread is low") == 2
-    assert "Warning: training collapsed: central (rounds 4-5)." in section(text, "study")
+    assert "Warning: training collapsed in arm central (rounds 4-5)." in section(text, "study")
     assert "remark" not in section(text, "refusals")
 
 

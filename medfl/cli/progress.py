@@ -49,6 +49,8 @@ class Progress:
         """Follow one event of the run folder."""
         if event.name == "refused":
             self.console.print(f"[yellow]refused[/] {event.stage} round {event.round}: {event.reason}", soft_wrap=True)
+        elif event.name == "joined":
+            self.console.print(f"[green]joined[/] {event.site}, from round {event.round}", soft_wrap=True)
         elif event.name in ("checkpoint/damaged", "remark"):
             self._remark(event)
         elif event.stage == "enrol" and event.name == "site/train":

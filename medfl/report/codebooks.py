@@ -9,8 +9,8 @@ from medfl.report.remarks import spoken
 from medfl.report.scores import NONE, Section
 from medfl.report.tables import Run, ordered_sites
 
-ARM = "federated"
-SHARE = (-0.02, 1.02)  # limits of panels of shares, so that a small one looks small
+ARM, PREFIX = "federated", "codebook/"  # of the events
+SHARES = ("dead", "rare", "exclusivity")  # drawn from 0 to 1, so that a small one looks small
 CURVES = {  # kind -> (caption, unit, how to read it)
     "perplexity": (
         "Codes in use",
@@ -49,12 +49,12 @@ COLUMNS = {  # kind -> (heading, how to read it)
     "js": (
         "Usage divergence",
         "how differently the site uses the codes than all sites together (Jensen-Shannon, nats). 0 is alike, 0.69 "
-        "has nothing in common; a site with many images is part of the whole and so lies near it.",
+        "has nothing in common. A site with most of the images is most of the whole, and so lies near it.",
     ),
     "exclusive": (
         "Exclusive share",
-        "share of the site's tokens in codes that no other site uses. High values mean that the site has a language "
-        "of its own.",
+        "share of the site's tokens in codes that no other site uses. Much of it is a language of its own, or only "
+        "far more images than the others have.",
     ),
     "error": (
         "Quantisation error",
@@ -63,7 +63,7 @@ COLUMNS = {  # kind -> (heading, how to read it)
     ),
     "index_alarm": (
         "Index alarm",
-        "share of the site's tokens that lie nearer to another code than to the one they are counted under. It must "
+        "share of the site's tokens under codes from which their mean lies farther than from another code. It must "
         "be 0: else the site works with other codes than it was sent.",
     ),
 }
@@ -92,12 +92,13 @@ def index_alarms(run: Run) -> list[str]:
     """One sentence for each site that worked with other codes than the broadcast ones, in whatever round."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for event in run.events:
-        book, _, kind = event.name.removeprefix("codebook/").rpartition("/")
-        if kind == "index_alarm" and event.arm == ARM and event.value > 0:
-            found.setdefault(event.site, {}).setdefault(_short(book), []).append((event.round, event.value))
+        if event.arm == ARM and event.name.startswith(PREFIX) and event.value > 0:
+            book, _, kind = event.name.removeprefix(PREFIX).rpartition("/")
+            if kind == "index_alarm":
+                found.setdefault(event.site, {}).setdefault(_short(book), []).append((event.round, event.value))
     return [
-        f"Index alarm: {site} counted tokens under other codes than their nearest, in {_told(books)}. It does not work "
-        "with the codes that it was sent; check its release and its data."
+        f"Index alarm: {site} counted tokens under codes that do not fit them: {_told(books)}. It does not work with "
+        "the codes that it was sent; check its release and its data."
         for site, books in sorted(found.items())
     ]
 
@@ -112,8 +113,13 @@ def _told(books: Mapping[str, list[tuple[int, float]]]) -> str:
 
 def _books(run: Run) -> dict[str, str]:
     """Names of the codebooks, in the order of the record -> names to show."""
-    names = [name for name, arm, _ in run.lines if arm == ARM and name.startswith("codebook/")]
-    return {book: _short(book) for book in (name.split("/", 1)[1].rpartition("/")[0] for name in names)}
+    books = [name.removeprefix(PREFIX).rpartition("/")[0] for name, _ in _recorded(run)]
+    return {book: _short(book) for book in books}
+
+
+def _recorded(run: Run) -> list[tuple[str, str]]:
+    """(name, site) of the lines of the federated arm that tell of a codebook."""
+    return [(name, site) for name, arm, site in run.lines if arm == ARM and name.startswith(PREFIX)]
 
 
 def _short(book: str) -> str:
@@ -136,20 +142,20 @@ def _figure(run: Run, kind: str, caption: str, unit: str, note: str) -> Drawn | 
     relative = kind == "perplexity" and books.keys() <= sizes.keys()
     lines = []
     for index, (book, short) in enumerate(books.items()):
-        if line := line_of(run, f"codebook/{book}/{kind}", ARM, ""):
+        if line := line_of(run, f"{PREFIX}{book}/{kind}", ARM, ""):
             rounds, values = line
             whole = sizes[book] if relative else 1
             lines.append(Series(short, rounds, tuple(value / whole for value in values), _ink(index, len(books))))
     if not lines:
         return None
     unit = "perplexity / number of codes" if relative else unit
-    limits = SHARE if relative or "share" in unit else _from_zero(lines)
-    return draw(Panel(caption, unit, thinned(lines), limits), note)
+    top = 1.0 if relative or kind in SHARES else _top(lines)
+    return draw(Panel(caption, unit, thinned(lines), (-0.02 * top, 1.02 * top)), note)
 
 
-def _from_zero(lines: Sequence[Series]) -> tuple[float, float]:
-    top = max(value for line in lines for value in line.values if math.isfinite(value))
-    return -0.02 * (top or 1), 1.06 * (top or 1)
+def _top(lines: Sequence[Series]) -> float:
+    """The largest value, 1 where all are 0."""
+    return max(value for line in lines for value in line.values if math.isfinite(value)) or 1.0
 
 
 def _ink(index: int, books: int) -> str:
@@ -157,25 +163,25 @@ def _ink(index: int, books: int) -> str:
 
 
 def _last(run: Run) -> int:
-    return max(line[-1][0] for (name, arm, _), line in run.lines.items() if arm == ARM and name.startswith("codebook/"))
+    return max(run.lines[name, ARM, site][-1][0] for name, site in _recorded(run))
 
 
 def _kinds(run: Run) -> list[str]:
     """The columns that were measured: the index alarm, for one, is not under every rule."""
-    seen = {name.rpartition("/")[2] for name, arm, site in run.lines if arm == ARM and site}
+    seen = {name.rpartition("/")[2] for name, site in _recorded(run) if site}
     return [kind for kind in COLUMNS if kind in seen]
 
 
 def _rows(run: Run) -> list[Section]:
     """Codebook by codebook the sites, in the last round; a site that did not answer then has no values."""
-    known = {site for name, arm, site in run.lines if arm == ARM and name.startswith("codebook/")}
+    known = {site for _, site in _recorded(run)}
     sites = [site for site in ordered_sites(run) if site in known]
     return [
         {
             "book": short,
             "height": 0 if index else len(sites),
             "site": site,
-            "cells": [_cell(kind, _value(run, f"codebook/{book}/{kind}", site)) for kind in _kinds(run)],
+            "cells": [_cell(kind, _value(run, f"{PREFIX}{book}/{kind}", site)) for kind in _kinds(run)],
         }
         for book, short in _books(run).items()
         for index, site in enumerate(sites)
@@ -195,5 +201,5 @@ def _cell(kind: str, value: float) -> tuple[str, bool]:
 
 
 def _percent(share: float) -> str:
-    """Small ones are not rounded to nothing."""
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
+    """A small one is not rounded to nothing."""
+    return f"{100 * share:.1f} %" if share >= 0.001 or share == 0 else "< 0.1 %"

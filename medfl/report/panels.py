@@ -39,8 +39,9 @@ MONITORS = {  # event -> (heading, unit, how to read it)
     "features/site_separability": (
         "Site separability",
         "nats",
-        "Coding rate of all sites together minus their mean. At 0 sites cannot be told apart by spread; it falls as "
-        "the encoder forgets the scanner. Sites with few images raise it.",
+        "Coding rate of all sites together minus the mean of the sites' own. At 0 sites cannot be told apart by "
+        "spread; it falls as the encoder forgets the scanner. Read its change, beside that of the coding rate: its "
+        "level also rises with the rate and where sites have few images.",
     ),
 }
 BETWEEN_SITES = ("features/site_separability",)  # 0 by definition in an arm of one site
@@ -156,6 +157,8 @@ def _gallery(run: Run, name: str, heading: str, unit: str, note: str) -> Gallery
     kinds = ("federated",) if name in BETWEEN_SITES else tuple(GROUPS)
     groups = {GROUPS[kind]: lines for kind in kinds if (lines := _series(run, name, kind))}
     limits = limits_of(tuple(groups.values()))
+    if limits and name in BETWEEN_SITES:
+        limits = min(0.0, limits[0]), limits[1]
     skipped = max((_step(lines) for lines in groups.values()), default=1)
     thin = f" At least every {skipped}th round is drawn." if skipped > 1 else ""
     drawn = tuple(draw(Panel(title, unit, thinned(lines), limits)) for title, lines in groups.items())

@@ -59,7 +59,7 @@ def distinct(run: Run) -> list[Remark]:
 def collapse_alarm(run: Run) -> str:
     """For the top of the page: which arms collapsed, or ""."""
     fallen = [f"{said.arm} ({spoken(said.rounds)})" for said in distinct(run) if said.collapsed]
-    return f"Warning: training collapsed: {', '.join(fallen)}. See the remarks." if fallen else ""
+    return f"Warning: training collapsed in arm {', '.join(fallen)}. See the remarks." if fallen else ""
 
 
 def spoken(rounds: Iterable[int]) -> str:

@@ -71,6 +71,7 @@ tr.sum small { font-weight: 400; }
   font-weight: 400; color: var(--muted); }
 .bad, tr.alarm td { color: var(--alarm); font-weight: 600; }
 .good { color: var(--good); }
+td.text { max-width: 76ch; overflow-wrap: break-word; }
 .share { display: flex; width: 210px; height: 14px; border-radius: 3px; overflow: hidden; margin-top: 5px;
   gap: 1px; }
 .share i, .key i { background: var(--c); }

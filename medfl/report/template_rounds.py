@@ -32,10 +32,12 @@ CODEBOOKS = """
 <section id="codebooks"><h2>Codebooks</h2>
 {% for text in codebooks.alarms %}<p class="box alarm">{{ text }}</p>{% endfor %}
 <p class="note">Federated arm, by round. All sites share one codebook per scale: {{ codebooks.sizes }}. A token is one
-place of a feature map; each site sends sums of its tokens by code, and the server adds them up.</p>
+place of a feature map; each site sends sums of its tokens by code, and the server adds them up. A code that only
+few images of a site use is not sent, and counts as not used there.</p>
 {{ grid(codebooks.figures) }}
 {% if codebooks.more %}
-<details><summary>How the sites share the codes, and codes that were revived</summary>{{ grid(codebooks.more) }}</details>
+<details><summary>How the sites share the codes, and codes that were revived</summary>
+{{ grid(codebooks.more) }}</details>
 {% endif %}
 {% if codebooks.rows %}
 <h3>Each site in round {{ codebooks.round }}</h3>
@@ -57,7 +59,7 @@ REMARKS = """
 {%- macro remarked(rows) %}
 <div class="scroll"><table><thead><tr><th class="l">Arm</th><th class="l">Rounds</th><th class="l">Remark</th></tr>
 </thead><tbody>{% for row in rows %}
-<tr{% if row.alarm %} class="alarm"{% endif %}><td class="l">{{ row.arm }}</td><td class="l">{{ row.rounds }}</td>
+<tr{% if row.alarm %} class="alarm"{% endif %}><th class="l">{{ row.arm }}</th><td class="l">{{ row.rounds }}</td>
 <td class="l text">{{ row.text }}</td></tr>{% endfor %}</tbody></table></div>
 {%- endmacro %}
 {% if remarks %}

@@ -11,8 +11,11 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from client.app import app as client
+from medfl import stages
 from medfl.carriers import InProcessGrid
+from medfl.exchange import Federation
 from medfl.layout import Tensors
+from medfl.messages import PRETRAIN
 from medfl.models.quantizer import Quantizer
 from medfl.run_folder import RunFolder
 from medfl.site import open_site
@@ -116,9 +119,6 @@ def test_no_token_and_nothing_local_is_in_any_message(
                         "method.codes=[256,64,8]", f"rounds.codebook_images={images}", "rounds.blend=code")  # fmt: skip
     grid = Listening(client, 3)
     grid.heard = {}
-    from medfl import stages
-    from medfl.exchange import Federation
-
     stages.run(Federation(grid, study, RunFolder.create(tmp_path, study.source, resume=True)), ("pretrain",), 3)
     wire = b"".join(data for arrays in grid.heard.values() for data in arrays)
     assert len(wire) > 10**5
@@ -132,3 +132,32 @@ def test_no_token_and_nothing_local_is_in_any_message(
         private = [t for n, t in kept.items() if n.startswith(("optimizer/", "target_")) and t.numel() > 64]
         assert len(private) > 20
         assert not [piece for tensor in private for piece in pieces(tensor) if piece in wire]
+
+
+class Late(InProcessGrid):
+    """The third site comes online after the first round."""
+
+    rounds = 0
+
+    def get_node_ids(self) -> list[int]:
+        nodes = sorted(super().get_node_ids())
+        return nodes if self.rounds else nodes[:2]
+
+    def send_and_receive(self, messages: object, *, timeout: float | None = None) -> list[Message]:
+        asked = list(messages)  # type: ignore[call-overload]
+        self.rounds += any(message.metadata.message_type == PRETRAIN for message in asked)
+        return list(super().send_and_receive(asked, timeout=timeout))
+
+
+def test_a_site_that_comes_late_joins_the_next_round_with_its_codes(tmp_path: Path) -> None:
+    study = small_study(tmp_path, *DISSECT, "sites.count=3", "rounds.count=3")
+    folder = RunFolder.create(tmp_path, study.source, resume=True)
+    stages.run(Federation(Late(client, 3), study, folder), ("pretrain", "evaluate"), 2)
+    seen = [(e["round"], e["value"]) for e in folder.events() if e["name"] == "round/sites"]
+    assert seen == [(1, 2.0), (2, 3.0), (3, 3.0)]
+    assert [(e["round"], e["site"]) for e in folder.events() if e["name"] == "joined"] == [(2, "site-3")]
+    assert {row["site"] for row in folder.evaluations()} == {"site-1", "site-2", "site-3"}
+    with (tmp_path / "wire.csv").open(newline="") as file:
+        asked = {(row["stage"], row["site"]) for row in csv.DictReader(file) if row["direction"] == "up"}
+    assert ("codebook", "site-3") in asked
+    assert events(folder, "codebook/scales.fine.quantizer/perplexity")[-1] > 1

@@ -3,11 +3,11 @@
 Tokens are those of the product: layer3 of its tiny ResNet, after a short central SimCLR pretraining with its own
 training loop (`--steps 0`: random weights), then frozen; a 1x1 orthogonal projection to D = 64, unit length. They are
 extracted once per set and seed, so what is compared is the merging alone. The sites are the preset `hospital`: 4 with
-scanner profiles at severity 3, Dirichlet 0.5 labels, log-normal sizes. All arms start from the same random tokens as
-codes, but the sites' own books from tokens of their own, and see the same batches; central draws as many images a step
-from the pooled data. The error is the mean squared distance of a token to its code, over the test tokens of all sites;
-the recovered gap is 0 for the sites' own books (each on all sites' tests) and 1 for central. `union` joins the sites'
-own books once, after the last round.
+scanner profiles at severity 3 and log-normal sizes, here with Dirichlet 0.5 labels in place of 2.0. All arms start from
+the same random tokens as codes, but the sites' own books from tokens of their own, and see the same batches; central
+draws as many images a step from the pooled data. The error is the mean squared distance of a token to its code, over
+the test tokens of all sites; the recovered gap is 0 for the sites' own books (each on all sites' tests) and 1 for
+central. `union` joins the sites' own books once, after the last round.
 
 The second part starts with four fifths of the codes opposite to all tokens, and counts the dead ones at each round:
 those with less than 2 % of the mean tokens per code.

@@ -1,7 +1,7 @@
 """Few labels: AUC of DiSSECT, BYOL, SimCLR and the untrained encoder at 1, 5, 10 and 100 % of each site's labels.
 
     python benchmarks/label_efficiency.py --data DIR [--seeds 0 1 2] [--sets breast pneumonia] [--runs runs/labels]
-        [--json FILE]
+        [--jobs 2] [--json FILE]
 
 Each encoder is pretrained by one `medfl simulate` (the preset `hospital`, the same weights to start from and equal
 numbers of samples), exported, and evaluated at each site on the site's own data:
@@ -17,15 +17,19 @@ for every method, and those of a smaller share are among those of a larger one. 
 sites with both classes in the test split, ± standard deviation over seeds; differences are paired by seed, with 95 % t
 intervals over the seeds, bold where 0 is outside.
 
-DIR holds medmnist/ and medmnist_rebuilt/. A finished pretraining or evaluation is not repeated, an interrupted
-pretraining goes on. What stands after the options is added to every command, as `rounds.count=8`.
+DIR holds medmnist/ and medmnist_rebuilt/. Sets and seeds are run --jobs at a time, with one thread each. A finished
+pretraining or evaluation is not repeated, an interrupted pretraining goes on. What stands after the options is added to
+every command, as `rounds.count=8`.
 """
 
 import argparse
 import copy
 import itertools
 import json
+import multiprocessing
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -43,6 +47,7 @@ from medfl.data.splits import label_of_patient
 from medfl.evaluation.metrics import auc, point
 from medfl.evaluation.probe import Features, linear_probe
 from medfl.export import load_encoder
+from medfl.files import write_bytes
 from medfl.methods.base import balanced_probabilities
 from medfl.optimizers import adamw, learning_rate
 from medfl.run_folder import RunFolder
@@ -50,8 +55,8 @@ from medfl.site import sites_of
 from medfl.study import Study
 
 BUDGET = (
-    "encoder=tiny", "rounds.count=5", "rounds.on_collapse=warn", "training.steps=30", "training.batch_size=64",
-    "stages=[pretrain]",
+    "encoder=tiny", "rounds.count=5", "rounds.on_collapse=warn", "training.steps=30", "training.batch_size=32",
+    "training.threads=1", "stages=[pretrain]",
 )  # fmt: skip
 MOMENTUM = "method.momentum=0.96"  # at the start; over 150 steps, 0.996 would leave the target near where it began
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -62,9 +67,10 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 RANDOM, OURS = "random", "dissect"
 FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 LEAST = 2  # labelled patients of each class
-TUNING = {"steps": 60, "batch": 32, "lr": 1e-3, "weight_decay": 1e-4, "warmup": 0.1}
+TUNING = {"steps": 100, "batch": 32, "lr": 1e-3, "weight_decay": 1e-4, "warmup": 0.1}
 CHUNK = 128  # images at once, without gradient
 
+Place = tuple[str, int]  # set, seed
 Scores = dict[str, dict[str, float | None]]  # site -> "LP 1 %", ... -> AUC, None where undefined
 COLUMNS = [f"{kind} {fraction:.0%}" for fraction in FRACTIONS for kind in ("LP", "FT")]
 
@@ -75,21 +81,31 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--sets", nargs="+", choices=list(SETS), default=["breast", "pneumonia"])
     options.add_argument("--runs", type=Path, default=Path("runs/labels"))
+    options.add_argument("--jobs", type=int, default=2)
     options.add_argument("--json", type=Path)
     options.add_argument("overrides", nargs="*")
     given = options.parse_intermixed_args()
-    found: dict[str, list[dict[str, Scores]]] = {}
+    places = list(itertools.product(given.sets, given.seeds))
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = dict(zip(places, pool.map(measured, itertools.repeat(given), places), strict=True))
+    found = {name: [rows[name, seed] for seed in given.seeds] for name in given.sets}
     for name in given.sets:
-        studies = [study_of(given, name, seed) for seed in given.seeds]
-        found[name] = [
-            {method: scores(folder, study) for method, folder in pretrained(given, name, study.seed).items()}
-            for study in studies
-        ]
-        print(f"\n{name}; at the first seed, {labelled_images(studies[0])}")
+        print(f"\n{name}; at seed {given.seeds[0]}, {labelled_images(study_of(given, name, given.seeds[0]))}")
         table(found[name])
     if given.json:
         what = {"budget": [*BUDGET, *given.overrides], "tuning": TUNING, "seeds": given.seeds}
         write(given.json, {"machine": machine(), "what": what, "sets": found})
+
+
+def measured(given: argparse.Namespace, place: Place) -> dict[str, Scores]:
+    """All methods' figures, on one set and seed."""
+    study, found = study_of(given, *place), {}
+    torch.set_num_threads(study.training.threads)
+    for method, folder in pretrained(given, place).items():
+        began = time.perf_counter()
+        found[method] = scores(folder, study)
+        print(f"{'-'.join(map(str, place))}-{method}: evaluated in {time.perf_counter() - began:.1f} s", flush=True)
+    return found
 
 
 def words_of(given: argparse.Namespace, name: str, seed: int, method: str) -> list[str]:
@@ -103,9 +119,9 @@ def study_of(given: argparse.Namespace, name: str, seed: int) -> Study:
     return config.compose(words_of(given, name, seed, OURS))
 
 
-def pretrained(given: argparse.Namespace, name: str, seed: int) -> dict[str, Path]:
+def pretrained(given: argparse.Namespace, place: Place) -> dict[str, Path]:
     """Folder of each method's exported encoder, pretrained if it was not."""
-    found = {}
+    (name, seed), found = place, {}
     for method in METHODS:
         folder = given.runs / f"{name}-{seed}-{method}"
         done = (folder / "model.safetensors").exists()  # the federated arm is the last one
@@ -116,14 +132,13 @@ def pretrained(given: argparse.Namespace, name: str, seed: int) -> dict[str, Pat
 
 def scores(folder: Path, study: Study) -> Scores:
     """All figures of one encoder at all sites; kept in its folder, for as long as encoder and settings are the same."""
-    torch.set_num_threads(study.training.threads)
     encoder, digest = load_encoder(folder), json.loads((folder / "encoder.json").read_text())["sha256"]
     what = {"encoder": digest, "columns": COLUMNS, "least": LEAST, "tuning": TUNING, "study": study.source}
     file = folder / "label_efficiency.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     if kept.get("what") != what:
         kept = {"what": what, "scores": {site.name: at_site(encoder, site, study) for site in sites_of(study)}}
-        write(file, kept)
+        write_bytes(file, json.dumps(kept, indent=1).encode())
     found: Scores = kept["scores"]
     return found
 

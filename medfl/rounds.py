@@ -171,7 +171,7 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
     """Norm statistics and codebooks under the final weights, over all sites, and the monitors of the final encoder."""
     updates = _ask_sums(federation, server, sites)
-    told = _take_sums(federation.study, server, updates, _equal(updates), server.blueprint.sums, 0)
+    told = _take_sums(federation.study, server, updates, (), server.blueprint.sums, 0)
     monitors = [
         (update.site, name, value)
         for update in updates
@@ -213,6 +213,7 @@ def join_codebooks(federation: Federation, server: Server, members: int, joined:
     request = Request(SEED, order, server.blueprint.sends, server.flat, layout, layout.digest, trains=False)
     updates = collect(federation, request, joined)
     server.set_books(server_books.joined(server.get_books(), members, updates, layout, federation.study.seed))
+    server.books = Books.start(server.books.kinds, {})  # an index means another code now
 
 
 def _ask_sums(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> list[Update]:
@@ -222,17 +223,14 @@ def _ask_sums(federation: Federation, server: Server, sites: Sequence[Enrolled])
     return collect(federation, request, sites)
 
 
-def _equal(updates: Sequence[Update]) -> list[float]:
-    return [1 / len(updates)] * len(updates)
-
-
 def _take_sums(
     study: Study, server: Server, updates: Sequence[Update], weights: Sequence[float], layout: Layout, number: int
 ) -> list[tuple[str, str, float]]:
     """Set what follows from the sums of the refresh pass; (site, name, value) of what they tell.
 
     Args:
-        number: of the round; 0: the sums of a refresh pass alone.
+        weights: of the sites; none needed for a refresh pass alone.
+        number: of the round; 0: a refresh pass alone.
     """
     sums = _sum_statistics(updates, layout)
     server.set_moments(sums)

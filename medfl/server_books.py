@@ -146,21 +146,25 @@ def round_of(
     books: Books, tensors: Tensors, updates: Sequence[Update], weights: Sequence[float], layout: Layout, study: Study,
     number: int,
 ) -> Iterator[tuple[str, str, float]]:  # fmt: skip
-    """Move every codebook by one round, in place in `tensors`; yields (site, name, value) of its diagnostics."""
-    rounds = study.rounds
+    """Move every codebook by one round, in place in `tensors`; yields (site, name, value) of its diagnostics.
+
+    Args:
+        number: of the round; 0: a refresh pass alone, whose sums are of `refresh` in every mode.
+    """
+    rounds, mode = study.rounds, study.rounds.codebook if number else "refresh"
     for name in books.kinds:
         counts, sums = tensors[f"{name}.counts"], tensors[f"{name}.sums"]
         before = Book(counts.double(), sums.double())
         if float(before.counts.sum()) == 0:  # an arm without training has no codebook
             continue
-        after, parts = books.merge(before, name, updates, weights, layout, rounds.codebook, rounds.codebook_keep)
+        after, parts = books.merge(before, name, updates, weights, layout, mode, rounds.codebook_keep)
         revived = 0
         if 0 < number <= rounds.count - CALM:
             after, revived = books.revive(after, name, parts, study.seed, number)
         counts.copy_(after.counts)
         sums.copy_(after.sums)
         yield "", f"codebook/{name}/revived", float(revived)
-        yield from _told(name, codebooks.health(before, after, parts, share=DEAD), rounds.codebook)
+        yield from _told(name, codebooks.health(before, after, parts, share=DEAD), mode)
 
 
 def _told(name: str, health: codebooks.Health, mode: str) -> Iterator[tuple[str, str, float]]:

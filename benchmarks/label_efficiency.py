@@ -3,8 +3,8 @@
     python benchmarks/label_efficiency.py --data DIR [--seeds 0 1 2] [--sets breast pneumonia] [--runs runs/labels]
         [--jobs 2] [--json FILE]
 
-Each encoder is pretrained by one `medfl simulate` (the preset `hospital`, the same weights to start from and equal
-numbers of samples), exported, and evaluated at each site on the site's own data:
+Each encoder is pretrained by one `medfl simulate` (the preset `hospital`, with Dirichlet 0.5 labels in place of 2.0;
+the same weights to start from, equal numbers of samples), exported, and evaluated at each site on the site's own data:
 
 - LP, linear probe: the product's own, on frozen features, its C chosen on the site's whole validation split, the labels
   of which are not limited.
@@ -12,10 +12,10 @@ numbers of samples), exported, and evaluated at each site on the site's own data
   each, the last weights. A loop of this file alone, the same for all encoders and tuned for none; from the untrained
   encoder it is supervised training from scratch.
 
-The labels given are a share of the patients of each class in the training split, at least 2 of each class; the same
-for every method, and those of a smaller share are among those of a larger one. Figures are test AUC, mean over the
-sites with both classes in the test split, ± standard deviation over seeds; differences are paired by seed, with 95 % t
-intervals over the seeds, bold where 0 is outside.
+The labels given are those of a share of the patients of each class in the site's training split, at least 2 patients
+(so at least 2 images) of each class; the same for every method, those of a smaller share being among those of a larger
+one. Sites share no labels. Figures are test AUC, mean over the sites with both classes in the test split, ± standard
+deviation over seeds; differences are paired by seed, with 95 % t intervals over the seeds, bold where 0 is outside.
 
 DIR holds medmnist/ and medmnist_rebuilt/. Sets and seeds are run --jobs at a time, with one thread each. A finished
 pretraining or evaluation is not repeated, an interrupted pretraining goes on. What stands after the options is added to
@@ -71,7 +71,7 @@ TUNING = {"steps": 100, "batch": 32, "lr": 1e-3, "weight_decay": 1e-4, "warmup":
 CHUNK = 128  # images at once, without gradient
 
 Place = tuple[str, int]  # set, seed
-Scores = dict[str, dict[str, float | None]]  # site -> "LP 1 %", ... -> AUC, None where undefined
+Scores = dict[str, dict[str, float | None]]  # site -> "LP 1%", ... -> AUC, None where undefined
 COLUMNS = [f"{kind} {fraction:.0%}" for fraction in FRACTIONS for kind in ("LP", "FT")]
 
 
@@ -177,7 +177,7 @@ def labelled(split: Split, fraction: float, key: int) -> Tensor:
 
 
 def fine_tuned(encoder: nn.Module, site: SiteData, rows: Tensor, study: Study) -> nn.Module:
-    """A copy of the encoder with a linear head, trained on the given rows; batches and head differ by site alone."""
+    """A copy of the encoder with a linear head, trained on the given rows; all draws are the same for every encoder."""
     views, labels = config.build(study.views), site.train.labels[rows]
     head = nn.Linear(int(encoder.width), len(site.classes))  # type: ignore[arg-type]
     nn.init.zeros_(head.weight)

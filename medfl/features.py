@@ -20,7 +20,7 @@ def told(updates: Sequence[Update], layout: Layout) -> list[tuple[str, str, floa
     2020, eq. 8). It falls as the encoder forgets the scanner. With few images per feature it is far above 0 without any
     difference between the sites: read its change over the rounds, beside the rate, not its level.
     """
-    slots = Layout(tuple(slot for slot in layout.slots if slot.role is Role.STATISTICS))
+    slots = layout.of_role(Role.STATISTICS)
     if not slots.slots:
         return []
     sums = {update.site: slots.unpack(update.flat) for update in updates}

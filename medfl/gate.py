@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, Message, RecordDict
 
 from medfl.errors import MedflError
-from medfl.layout import DTYPES, Flat, Layout, Tensors
+from medfl.layout import DTYPES, Flat, Layout
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
@@ -176,13 +176,9 @@ def _first_bad(group: str, array: np.ndarray, layout: Layout) -> str:
     return f"array '{group}'"
 
 
-def _of_role(role: Role, flat: Flat, expected: Expected) -> Tensors:
-    return Layout(tuple(slot for slot in expected.layout.slots if slot.role is role)).unpack(flat)
-
-
 def _check_moments(flat: Flat, expected: Expected) -> None:
     """Counts are positive and no second moment is below the square of the first (Cauchy-Schwarz)."""
-    tensors = _of_role(Role.NORM_MOMENTS, flat, expected)
+    tensors = expected.layout.of_role(Role.NORM_MOMENTS).unpack(flat)
     for name in (n.removesuffix(".count") for n in tensors if n.endswith(".count")):
         count, total, square = (tensors[f"{name}.{kind}"] for kind in ("count", "sum", "square"))
         if (
@@ -195,7 +191,7 @@ def _check_moments(flat: Flat, expected: Expected) -> None:
 
 def _check_codebooks(flat: Flat, expected: Expected) -> None:
     """Counts are not negative, no sum of unit tokens is longer than their count, no distance above the largest, 2."""
-    tensors = _of_role(Role.CODEBOOK, flat, expected)
+    tensors = expected.layout.of_role(Role.CODEBOOK).unpack(flat)
     for name in (n.removesuffix(".counts") for n in tensors if n.endswith(".counts")):
         counts, sums = tensors[f"{name}.counts"], tensors[f"{name}.sums"]
         most = counts * (1 + ROUNDING) + ROUNDING
@@ -208,7 +204,7 @@ def _check_codebooks(flat: Flat, expected: Expected) -> None:
 
 def _check_features(flat: Flat, expected: Expected) -> None:
     """Unit features: the trace of Σzzᵀ is their count, and Σz is no longer than it."""
-    if not (tensors := _of_role(Role.STATISTICS, flat, expected)):
+    if not (tensors := expected.layout.of_role(Role.STATISTICS).unpack(flat)):
         return
     count, total, gram = (tensors[f"features.{kind}"] for kind in ("count", "sum", "gram"))
     most = count * (1 + ROUNDING)

@@ -93,6 +93,10 @@ class Layout:
         """The part that a site with these owner groups takes part in; offsets are per group, so they stay."""
         return Layout(tuple(slot for slot in self.slots if not slot.owner or slot.owner in owners))
 
+    def of_role(self, role: Role) -> "Layout":
+        """The part with this role; offsets are per group, so they stay."""
+        return Layout(tuple(slot for slot in self.slots if slot.role is role))
+
     def empty(self) -> Flat:
         """One flat array per group, not yet filled."""
         return {group: np.empty(size, group.rpartition("/")[2]) for group, size in self.sizes.items()}

@@ -170,7 +170,7 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
 
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
     """Norm statistics and codebooks under the final weights, over all sites, and the monitors of the final encoder."""
-    updates = _ask_sums(federation, server, sites)
+    updates = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
     told = _take_sums(federation.study, server, updates, (), server.blueprint.sums, 0)
     monitors = [
         (update.site, name, value)
@@ -187,13 +187,10 @@ def seed_codebooks(federation: Federation, server: Server, sites: Sequence[Enrol
     """The first codebooks: every site's own centres, clustered on the server, then Lloyd's steps on plain sums."""
     if not server.books.kinds:
         return
-    layout = server.blueprint.seeds
-    order = order_of(federation.study, server, 0, 1)
-    request = Request(SEED, order, server.blueprint.sends, server.flat, layout, layout.digest, trains=False)
-    updates = collect(federation, request, sites)
-    server.set_books(server_books.first(server.books.kinds, updates, layout, federation.study.seed))
+    updates = _ask(SEED, federation, server, sites, server.blueprint.seeds)
+    server.set_books(server_books.first(server.books.kinds, updates, server.blueprint.seeds, federation.study.seed))
     for _ in range(LLOYD):
-        updates = _ask_sums(federation, server, sites)
+        updates = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
         server.set_books(server_books.lloyd(server.get_books(), updates, server.blueprint.sums, federation.study.seed))
     images = 2 * federation.study.training.batch_size * len(sites)  # of one step everywhere, both views
     books = server.get_books()
@@ -209,17 +206,15 @@ def join_codebooks(federation: Federation, server: Server, members: int, joined:
     if not server.books.kinds or not joined:
         return
     layout = server.blueprint.seeds
-    order = order_of(federation.study, server, server.round, 1)
-    request = Request(SEED, order, server.blueprint.sends, server.flat, layout, layout.digest, trains=False)
-    updates = collect(federation, request, joined)
+    updates = _ask(SEED, federation, server, joined, layout)
     server.set_books(server_books.joined(server.get_books(), members, updates, layout, federation.study.seed))
     server.books = Books.start(server.books.kinds, {})  # an index means another code now
 
 
-def _ask_sums(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> list[Update]:
-    sums = server.blueprint.sums
+def _ask(kind: str, federation: Federation, server: Server, sites: Sequence[Enrolled], answers: Layout) -> list[Update]:
+    """Sums under the present state, without training: `answers` is what each reply holds."""
     order = order_of(federation.study, server, server.round, 1)
-    request = Request(REFRESH, order, server.blueprint.sends, server.flat, sums, sums.digest, False)
+    request = Request(kind, order, server.blueprint.sends, server.flat, answers, answers.digest, trains=False)
     return collect(federation, request, sites)
 
 
@@ -283,7 +278,7 @@ def _sum_statistics(updates: Sequence[Update], layout: Layout) -> Tensors:
     """Plain sums over the sites of the norms' inputs, in the order of their names."""
     total: Tensors = {}
     for update in updates:
-        owned = tuple(s for s in layout.slots if s.role is Role.NORM_MOMENTS and s.group in update.flat)
+        owned = tuple(slot for slot in layout.of_role(Role.NORM_MOMENTS).slots if slot.group in update.flat)
         for name, tensor in Layout(owned).unpack(update.flat).items():
             total[name] = total[name] + tensor if name in total else tensor.clone()
     return total

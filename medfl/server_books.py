@@ -42,7 +42,7 @@ def kinds_of(method: Method) -> dict[str, Kind]:
 
 def tensors_of(update: Update, layout: Layout) -> Tensors:
     """The codebook sums in an update, by name."""
-    return Layout(tuple(slot for slot in layout.slots if slot.role is Role.CODEBOOK)).unpack(update.flat)
+    return layout.of_role(Role.CODEBOOK).unpack(update.flat)
 
 
 def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, seed: int) -> dict[str, Book]:
@@ -53,7 +53,7 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
     """
     found = {}
     for name, kind in kinds.items():
-        parts = [Book(t[f"{name}.counts"], t[f"{name}.sums"]) for t in (tensors_of(u, layout) for u in updates)]
+        parts = _centres(name, updates, layout)
         if not any(float(part.counts.sum()) > 0 for part in parts):
             raise ConfigError(
                 f"codebook '{name}': no centre is used by rounds.codebook_images images of any site. "
@@ -63,6 +63,11 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
     return found
 
 
+def _centres(name: str, updates: Sequence[Update], layout: Layout) -> list[Book]:
+    """Each site's own centres for one codebook."""
+    return [Book(t[f"{name}.counts"], t[f"{name}.sums"]) for t in (tensors_of(u, layout) for u in updates)]
+
+
 def joined(
     books: Mapping[str, Book], members: int, updates: Sequence[Update], layout: Layout, seed: int
 ) -> dict[str, Book]:
@@ -70,9 +75,7 @@ def joined(
     found = {}
     for name, book in books.items():
         share = float(book.counts.sum()) / members
-        new = [
-            Book(t[f"{name}.counts"], t[f"{name}.sums"]).scaled(share) for t in (tensors_of(u, layout) for u in updates)
-        ]
+        new = [centres.scaled(share) for centres in _centres(name, updates, layout)]
         draw = seeding.generator(seed, "codebook", name, members)
         found[name] = codebooks.union([book, *new], len(book.counts), draw)
     return found

@@ -3,8 +3,7 @@
     python benchmarks/label_efficiency.py --data DIR [--seeds 0 1 2] [--sets breast pneumonia] [--runs runs/labels]
         [--jobs 2] [--json FILE]
 
-Each encoder is pretrained by one `medfl simulate` (the preset `hospital`, with Dirichlet 0.5 labels in place of 2.0;
-the same weights to start from, equal numbers of samples), exported, and evaluated at each site on the site's own data:
+Each encoder is pretrained by one `medfl simulate` (the preset `hospital`; the same weights to start from, equal numbers of samples), exported, and evaluated at each site on the site's own data:
 
 - LP, linear probe: the product's own, on frozen features, its C chosen on the site's whole validation split, the labels
   of which are not limited.

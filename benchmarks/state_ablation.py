@@ -4,8 +4,7 @@
         [--jobs 2] [--json FILE]
 
 Targets are those of `rounds.target`. Norms: `pooled` and `local` are `rounds.norm`, `none` is an encoder without batch
-norm (`encoder.norm=group`; the heads keep theirs, pooled). The sites are the preset `hospital`, with Dirichlet 0.5
-labels in place of 2.0. All runs of a seed draw the same batches, views and test images, and runs of one norm start from
+norm (`encoder.norm=group`; the heads keep theirs, pooled). The sites are the preset `hospital`. All runs of a seed draw the same batches, views and test images, and runs of one norm start from
 the same weights. So differences to the shipped default, average x pooled, are paired by seed.
 
 AUC is the mean over the sites, ± standard deviation over seeds. The columns `all` take every pair of set and seed, the

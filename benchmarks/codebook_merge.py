@@ -37,8 +37,8 @@ from medfl.codebooks import Book, add, health, increment, merge_increments, merg
 from medfl.data.sites import pool
 from medfl.models.encoders import ResNet
 from medfl.models.quantizer import CodeSums, Quantizer, perplexity
-from medfl.site import new_method, sites_of
 from medfl.training import Device, Plan, Task, train_locally
+from medfl.workshop import new_method, sites_of
 
 ROOT = Path(os.environ.get("MEDFL_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 WIDTH, DECAY, SMOOTHING = 64, 0.99, 1e-5

@@ -3,7 +3,8 @@
     python benchmarks/label_efficiency.py --data DIR [--seeds 0 1 2] [--sets breast pneumonia] [--runs runs/labels]
         [--jobs 2] [--json FILE]
 
-Each encoder is pretrained by one `medfl simulate` (the preset `hospital`; the same weights to start from, equal numbers of samples), exported, and evaluated at each site on the site's own data:
+Each encoder is pretrained by one `medfl simulate` (the preset `hospital`; the same weights to start from, equal numbers
+of samples), exported, and evaluated at each site on the site's own data:
 
 - LP, linear probe: the product's own, on frozen features, its C chosen on the site's whole validation split, the labels
   of which are not limited.
@@ -35,8 +36,8 @@ from statistics import mean
 import numpy as np
 import torch
 from harness import machine, write
-from state_ablation import difference, simulate, spread
-from table import SETS
+from studies import difference, options, simulate, spread
+from studies import words_of as words_of_set
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +51,8 @@ from medfl.files import write_bytes
 from medfl.methods.base import balanced_probabilities
 from medfl.optimizers import adamw, learning_rate
 from medfl.run_folder import RunFolder
-from medfl.site import sites_of
 from medfl.study import Study
+from medfl.workshop import sites_of
 
 BUDGET = (
     "encoder=tiny", "rounds.count=5", "rounds.on_collapse=warn", "training.steps=30", "training.batch_size=32",
@@ -75,15 +76,7 @@ COLUMNS = [f"{kind} {fraction:.0%}" for fraction in FRACTIONS for kind in ("LP",
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--sets", nargs="+", choices=list(SETS), default=["breast", "pneumonia"])
-    options.add_argument("--runs", type=Path, default=Path("runs/labels"))
-    options.add_argument("--jobs", type=int, default=2)
-    options.add_argument("--json", type=Path)
-    options.add_argument("overrides", nargs="*")
-    given = options.parse_intermixed_args()
+    given = options(__doc__ or "", sets=["breast", "pneumonia"], runs="runs/labels").parse_intermixed_args()
     places = list(itertools.product(given.sets, given.seeds))
     with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = dict(zip(places, pool.map(measured, itertools.repeat(given), places), strict=True))
@@ -109,8 +102,7 @@ def measured(given: argparse.Namespace, place: Place) -> dict[str, Scores]:
 
 def words_of(given: argparse.Namespace, name: str, seed: int, method: str) -> list[str]:
     """The overrides of one pretraining."""
-    data = [word.format(data=given.data) for word in SETS[name]]
-    return [*data, *BUDGET, *METHODS[method], f"seed={seed}", *given.overrides]
+    return [*words_of_set(name, given.data), *BUDGET, *METHODS[method], f"seed={seed}", *given.overrides]
 
 
 def study_of(given: argparse.Namespace, name: str, seed: int) -> Study:

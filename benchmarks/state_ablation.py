@@ -4,8 +4,9 @@
         [--jobs 2] [--json FILE]
 
 Targets are those of `rounds.target`. Norms: `pooled` and `local` are `rounds.norm`, `none` is an encoder without batch
-norm (`encoder.norm=group`; the heads keep theirs, pooled). The sites are the preset `hospital`. All runs of a seed draw the same batches, views and test images, and runs of one norm start from
-the same weights. So differences to the shipped default, average x pooled, are paired by seed.
+norm (`encoder.norm=group`; the heads keep theirs, pooled). The sites are the preset `hospital`. All runs of a seed draw
+the same batches, views and test images, and runs of one norm start from the same weights. So differences to the shipped
+default, average x pooled, are paired by seed.
 
 AUC is the mean over the sites, ± standard deviation over seeds. The columns `all` take every pair of set and seed, the
 second one with sites weighted by their test images, since the smallest have a dozen. Intervals of differences are 95 %
@@ -23,22 +24,14 @@ every command, as `rounds.count=8`.
 
 import argparse
 import itertools
-import json
-import math
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, mean, stdev
+from statistics import fmean, mean
 
-import yaml
 from harness import machine, write
-from scipy import stats
-from table import SETS
+from studies import difference, evaluated, linear, options, simulate, spread, words_of
 
 from medfl.run_folder import RunFolder
 
@@ -73,15 +66,7 @@ class Run:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--sets", nargs="+", choices=list(SETS), default=["breast", "pneumonia"])
-    options.add_argument("--runs", type=Path, default=Path("runs/state"))
-    options.add_argument("--jobs", type=int, default=2)
-    options.add_argument("--json", type=Path)
-    options.add_argument("overrides", nargs="*")
-    given = options.parse_intermixed_args()
+    given = options(__doc__ or "", sets=["breast", "pneumonia"], runs="runs/state").parse_intermixed_args()
     runs = {place: runs_of(given, place) for place in itertools.product(given.sets, given.seeds)}
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(Run.simulate, [run for cells in runs.values() for run in cells.values()]))
@@ -102,10 +87,9 @@ def runs_of(given: argparse.Namespace, place: Place) -> dict[Cell, Run]:
     (name, seed), found = place, {}
     for target, norm in itertools.product(TARGETS, NORMS):
         arms = (RANDOM, "federated") if target == TARGETS[0] else ("federated",)
-        data = [word.format(data=given.data) for word in SETS[name]]
         cell = [f"rounds.target={target}", *NORMS[norm], f"arms=[{','.join(arms)}]", f"seed={seed}"]
         folder = given.runs / f"{name}-{seed}-{target}-{norm}"
-        found[target, norm] = Run(folder, (*data, *BUDGET, *cell, *given.overrides), arms)
+        found[target, norm] = Run(folder, (*words_of(name, given.data), *BUDGET, *cell, *given.overrides), arms)
     return found
 
 
@@ -130,60 +114,10 @@ def measured(runs: Mapping[Cell, Run]) -> dict[Cell, dict[str, float]]:
     }
 
 
-def simulate(folder: Path, words: Sequence[str], *, finished: bool) -> None:
-    """One run in a process of its own; nothing to do if it is finished.
-
-    Raises:
-        SystemExit: the command failed, or the folder holds the run of another command.
-    """
-    command = f"medfl simulate {shlex.join([*words, f'run.dir={folder}'])}"
-    begun = (folder / "config.yaml").exists()
-    if begun and yaml.safe_load((folder / "config.yaml").read_text())["provenance"]["command"] != command:
-        raise SystemExit(f"{folder} holds the run of another command than\n  {command}\nName another --runs.")
-    if finished:
-        return
-    command += " resume=true" * begun
-    print(command, flush=True)
-    began = time.perf_counter()
-    call = [sys.executable, "-m", "medfl.cli.main", *shlex.split(command)[1:]]
-    if code := subprocess.run(call, stdout=subprocess.DEVNULL).returncode:
-        raise SystemExit(code)
-    print(f"{folder.name}: {time.perf_counter() - began:.1f} s", flush=True)
-
-
-def evaluated(folder: Path, arms: Sequence[str]) -> bool:
-    """Whether every site has evaluated every arm."""
-    if not (folder / "sites.json").exists():
-        return False
-    sites = [site["name"] for site in json.loads((folder / "sites.json").read_text())["sites"]]
-    done = {(row["arm"], row["site"]) for row in RunFolder(folder).evaluations()}
-    return done >= set(itertools.product(arms, sites))
-
-
-def linear(run: RunFolder, arm: str, metric: str) -> dict[str, float]:
-    """Site -> a metric of an arm's linear probe, where it has a value: AUC needs both classes in the test split."""
-    rows = [row for row in run.evaluations() if (row["arm"], row["protocol"], row["metric"]) == (arm, "linear", metric)]
-    return {row["site"]: float(row["value"]) for row in rows if row["value"]}
-
-
 def last_spread(run: RunFolder) -> float:
     """Mean over the sites of the predictions' spread in the last round."""
     events = [e for e in run.events() if (e.get("arm"), e["name"], e["site"]) == ("federated", "loss/std", "")]
     return float(max(events, key=lambda event: event["round"])["value"])
-
-
-def difference(pairs: Sequence[float]) -> str:
-    """Mean of paired differences with its 95 % t interval; bold where 0 is outside."""
-    if len(pairs) < 2:
-        return f"{mean(pairs):+.3f}"
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * stdev(pairs) / math.sqrt(len(pairs))
-    text = f"{mean(pairs):+.3f} ({mean(pairs) - half:+.3f} to {mean(pairs) + half:+.3f})"
-    return f"**{text}**" if abs(mean(pairs)) > half else text
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def table(found: Found, sets: Sequence[str]) -> None:

@@ -46,3 +46,9 @@ def seed_codebooks(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Scores of the frozen encoder on this site's own data."""
     return _answer(message, context, Site.evaluate)
+
+
+@app.train("synthesize")
+def synthesize(message: Message, context: Context) -> Message:
+    """Synthetic images, made and kept at the site; only counts are answered."""
+    return _answer(message, context, lambda site, broadcast: site.synthesize(broadcast.order))

@@ -15,14 +15,23 @@ from typing import Any
 import yaml
 
 from medfl.errors import ConfigError
-from medfl.study import Evaluation, Node, Rounds, Study, Training
+from medfl.study import Evaluation, Node, Rounds, Study, Synthesis, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = (
     *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
-    *("training", "rounds", "rule", "server_optimizer", "evaluation"),
+    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis"),
 )
-BUILDABLE = ("medfl.data", "medfl.views", "medfl.models", "medfl.methods", "medfl.optimizers", "medfl.rules")
+NODES = ("data", "sites", "views", "method", "rule", "server_optimizer")
+BUILDABLE = (
+    "medfl.data",
+    "medfl.views",
+    "medfl.models",
+    "medfl.methods",
+    "medfl.optimizers",
+    "medfl.rules",
+    "medfl.synthesis",
+)
 
 
 def compose(overrides: Sequence[str]) -> Study:
@@ -95,8 +104,9 @@ def parse(text: str) -> Study:
         training=Training.read(tree["training"], "training"),
         rounds=Rounds.read(tree["rounds"], "rounds"),
         evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
+        synthesis=Synthesis.read(tree["synthesis"], "synthesis"),
         source=text,
-        **{name: tree[name] for name in ("data", "sites", "views", "method", "rule", "server_optimizer")},
+        **{name: tree[name] for name in NODES},
     )
 
 

@@ -61,6 +61,7 @@ class Request:
     digest: str
     trains: bool  # the reply changes the weights: it is weighed and its norm limited
     norms: Sequence[float] = ()
+    deadline: float = 0.0  # s; 0: rounds.deadline
 
     @property
     def stage(self) -> str:
@@ -163,13 +164,14 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
         NetworkError (or the sites' common error): fewer usable replies than rounds.quorum asks for.
     """
     limits, folder = federation.study.rounds, federation.folder
+    deadline = request.deadline or limits.deadline
     content = Broadcast(request.order, request.flat).to_record()
     asked = [
         Message(
             content,
             dst_node_id=s.node,
             message_type=request.kind,
-            ttl=limits.deadline,
+            ttl=deadline,
             group_id=str(request.order.round),
         )
         for s in sites
@@ -179,7 +181,7 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     by_node = {site.node: site for site in sites}
     updates: dict[str, Update] = {}
     refused: list[tuple[Message, str, str]] = []
-    for reply in federation.grid.send_and_receive(asked, timeout=limits.deadline):
+    for reply in federation.grid.send_and_receive(asked, timeout=deadline):
         site = by_node.get(reply.metadata.src_node_id)
         try:
             if site is None or site.name in updates:
@@ -194,7 +196,7 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     folder.write(Event(stage, order.arm, order.round, name, "refused", 1.0, text) for _, name, text in refused)
     need = math.ceil(limits.quorum * len(sites))
     if len(updates) < need:
-        reasons = " ".join(text for *_, text in refused) or f"The others gave none within {limits.deadline:.0f} s."
+        reasons = " ".join(text for *_, text in refused) or f"The others gave none within {deadline:.0f} s."
         found = f"{len(updates)} of {len(sites)} sites gave a usable reply, rounds.quorum asks for {need}."
         raise _common([r for r, *_ in refused], f"arm '{order.arm}', round {order.round}: {found} {reasons}")
     return [updates[name] for name in sorted(updates)]

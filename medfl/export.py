@@ -13,8 +13,8 @@ from medfl.errors import ConfigError, DataError
 from medfl.files import sha256, write_bytes, write_tensors
 from medfl.methods.base import Role
 from medfl.rounds import Server
-from medfl.site import new_method
 from medfl.study import Study
+from medfl.workshop import new_method
 
 PREFIX = "encoder."
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from medfl.layout import Flat
 
 SITE_ERROR = 1000  # the code of an error reply is this plus the exit code of the error
 DESCRIBE, PRETRAIN, REFRESH, EVALUATE = "query.describe", "train.pretrain", "query.refresh", "evaluate.probe"
-SEED = "query.codebook"
+SEED, SYNTHESIZE = "query.codebook", "train.synthesize"
 RAW = "medfl.raw"  # the arrays' serialisation type
 
 

@@ -93,12 +93,17 @@ def no_server_optimizer(parameters: Sequence[Tensor]) -> None:
     """The aggregate replaces the weights: plain federated averaging."""
 
 
-def learning_rate(progress: float, *, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of the schedule, then cosine to zero.
+MILESTONES = (0.6, 0.8)  # of the schedule "steps": 120 and 160 of MoCo's 200 epochs
+
+
+def learning_rate(progress: float, *, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the first `warmup` of the schedule; then cosine to zero, or a tenth at each milestone.
 
     Args:
         progress: position in the whole schedule, in [0, 1]; equal at all sites whatever their step counts.
     """
     if progress < warmup:
         return peak * progress / warmup
+    if schedule == "steps":
+        return peak * 0.1 ** sum(progress > milestone for milestone in MILESTONES)
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

@@ -20,8 +20,8 @@ from medfl.methods.base import Role
 from medfl.methods.moments import pool
 from medfl.run_folder import Event
 from medfl.server_books import Books, Kind
-from medfl.site import new_method
 from medfl.study import Study
+from medfl.workshop import new_method
 
 Rule = Callable[[Sequence[np.ndarray], Sequence[float], rules.Before], np.ndarray]
 LLOYD = 3  # exchanges of code sums before the first round

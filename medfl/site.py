@@ -1,128 +1,33 @@
 """A site: its data, its method, and the state that stays on its disk. What runs when a message arrives."""
 
 import functools
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from torch import Tensor
 
-from medfl import config, seeding, site_books
+from medfl import config, seeding, site_books, site_queues, site_synthesis
 from medfl.checkpoint import load_optimizer, optimizer_tensors
 from medfl.data.sample import SiteData
 from medfl.data.sites import pool
 from medfl.errors import ConfigError
 from medfl.evaluation import collapse
 from medfl.evaluation.at_site import probe
-from medfl.layout import (
-    Flat,
-    Layout,
-    Policy,
-    Tensors,
-    broadcast_layout,
-    pooled_norms,
-    seed_layout,
-    study_claims,
-    traveling,
-    update_layout,
-)
+from medfl.layout import Tensors, seed_layout
 from medfl.messages import Answer, Broadcast, Order
-from medfl.methods.base import Method, Role
 from medfl.methods.moments import Moments
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
-from medfl.site_weights import Blend, keep_targets, place_targets
+from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
-from medfl.study import Study
-from medfl.training import Device, Plan, Task, Views, train_locally
+from medfl.training import Device, Plan, Task, train_locally
+from medfl.workshop import Workshop, sites_of, workshop
 
 CENTRAL = "central"
-STAYS = (Role.LOCAL, Role.QUEUE)
 SEED_TOKENS = 64  # per image and codebook, for the k-means before the first round
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """What all sites of one process share: the method with its seeded start, the views, and the device."""
-
-    study: Study
-    method: Method
-    views: Views
-    where: Device
-    initial: Tensors  # the tensors that no broadcast brings
-    staying: tuple[str, ...]  # those of them that must outlive the round
-    norms: tuple[str, ...]  # batch norms whose sums are sent
-    policy: Policy
-    sends: Layout
-    answers: Layout
-    sums: Layout
-    blend: Blend
-    packed: Flat  # where an answer is packed; written anew by each, so it is sent before the next is made
-
-
-def new_method(study: Study) -> Method:
-    """The method as every participant builds it: initial weights are a function of the study's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.key(study.seed, "init"))
-        method = config.build(study.method)
-    if not isinstance(method, Method):
-        raise ConfigError(f"method: {study.method.get('_target_')!r} is not a Method. Choose one of configs/method/.")
-    return method
-
-
-@functools.lru_cache(maxsize=2)
-def workshop(source: str) -> Workshop:
-    """Built once per process and study, and reused for every site and round."""
-    study = config.parse(source)
-    torch.set_num_threads(study.training.threads)
-    plan = study.training
-    where = Device.choose(plan.device, plan.precision, plan.channels_last)
-    if where.bf16 and where.device.type == "cpu" and int(study.data["spatial_dims"]) == 3:
-        raise ConfigError(
-            "training.precision=bf16: torch's Conv3d gives wrong gradients in bfloat16 on a CPU. Take fp32 or auto."
-        )
-    method = new_method(study).to(where.device)
-    if where.channels_last:
-        method.to(memory_format=where.memory_format(int(study.data["spatial_dims"])))  # type: ignore[call-overload]
-    policy = Policy.of(method, study.rounds)
-    claims, brought = study_claims(method, policy), traveling(policy)
-    initial = {
-        name: tensor.clone()
-        for name, tensor in method.state_dict().items()
-        if claims[name].role not in (*brought, Role.FIXED, Role.TARGET)
-    }
-    # counters of batch norm are recomputed and need not outlive the round
-    staying = tuple(n for n, t in initial.items() if claims[n].role in STAYS and t.is_floating_point())
-    answers = update_layout(method, policy)
-    blended = [name for name, claim in claims.items() if claim.role is Role.PARAMETER]
-    return Workshop(
-        study,
-        method,
-        config.build(study.views),
-        where,
-        initial,
-        staying,
-        tuple(pooled_norms(method, policy.norm)),
-        policy,
-        broadcast_layout(method, policy),
-        answers,
-        update_layout(method, policy, parameters=False),
-        Blend(study.rounds.blend, study.rounds.blend_tau, blended),
-        answers.empty(),
-    )
-
-
-@functools.lru_cache(maxsize=2)
-def simulated_sites(data: str, sites: str, seed: int) -> tuple[SiteData, ...]:
-    """All sites of a simulation, from the JSON of the nodes `data` and `sites`."""
-    return tuple(config.build(json.loads(sites)).partition(config.build(json.loads(data)).load(), seed))
-
-
-def sites_of(study: Study) -> tuple[SiteData, ...]:
-    return simulated_sites(json.dumps(dict(study.data)), json.dumps(dict(study.sites)), study.seed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -131,15 +36,19 @@ def open_site(source: str, partition: int) -> "Site":
     sites = sites_of(shop.study)
     if partition > len(sites):
         raise ConfigError(f"partition-id={partition}: the study has {len(sites)} sites, need 0 to {len(sites)}.")
-    return Site(shop, pool(sites) if partition == len(sites) else sites[partition])
+    members = sites[partition : partition + 1] or tuple(site for site in sites if not site.held_out)
+    data = members[0] if partition < len(sites) else pool(sites)
+    return Site(shop, data, {site.name: len(site.train) for site in members})
 
 
 class Site:
     """One institution in one study."""
 
-    def __init__(self, shop: Workshop, data: SiteData) -> None:
-        self.shop, self.data = shop, data
+    def __init__(self, shop: Workshop, data: SiteData, members: Mapping[str, int]) -> None:
+        """`members`: training images by site: this one, or in a simulation's place with all data, all of them."""
+        self.shop, self.data, self.members = shop, data, members
         self.images = _resident(data.train.images, shop.where)
+        self.patients = site_queues.patient_codes(data.train.patients)
 
     @classmethod
     def for_message(cls, source: str, context: Context) -> "Site":
@@ -161,6 +70,7 @@ class Site:
         self._start_own_books()
         sums, monitors, codes = self._refresh()
         share, blending = shop.blend.apply(method, kept)
+        self._begin_queues(order)
         prior, start = site_books.take_prior(method, 2 * self._batch_size()), shop.blend.start(method)
         losses, moments = self._learn(order, kept)
         state.save(order.round, self._staying() | blending | shop.blend.keep(method, start) | moments)
@@ -186,9 +96,14 @@ class Site:
         keep = shop.study.training.optimizer_state == "keep"
         if keep:
             load_optimizer(optimizer, kept)
-        task = Task(self.images, self.data.train.labels, shop.views)
-        losses = train_locally(shop.method, task, optimizer, self._plan(order), shop.where)
+        losses = train_locally(shop.method, self.task, optimizer, self._plan(order), shop.where)
         return losses, optimizer_tensors(optimizer) if keep else {}
+
+    def synthesize(self, order: Order) -> Answer:
+        """Synthetic images of this site's own, made and kept here."""
+        shop = self.shop
+        metrics = site_synthesis.make(shop.study, self.data, self.images, shop.views, shop.where)
+        return Answer(self.data.name, order.nonce, order.layout, metrics)
 
     def seed_codebooks(self, broadcast: Broadcast) -> Answer:
         """Before the first round: this site's own k-means of its tokens, as masses and sums of its centres."""
@@ -220,8 +135,42 @@ class Site:
         training = self.shop.study.training
         return Plan(
             self.shop.study.seed, self.data.name, order.round, order.rounds, order.steps,
-            training.batch_size, training.warmup,
+            training.batch_size, training.warmup, training.schedule,
         )  # fmt: skip
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What this site trains on: its images, and synthetic ones where the study asks for them, without labels."""
+        study, train = self.shop.study, self.data.train
+        added = [
+            site_synthesis.load(study.state_dir, name, round(study.training.synthetic * count))
+            for name, count in (self.members.items() if study.training.synthetic else ())
+        ]
+        if not added:
+            return Task(self.images, train.labels, self.shop.views, self.patients)
+        extra = torch.cat(added)
+        names = tuple(f"synthetic {place}" for place in range(len(extra)))
+        return Task(
+            torch.cat([self.images, _resident(extra, self.shop.where)]),
+            torch.cat([train.labels, torch.full((len(extra),), -1)]),
+            self.shop.views,
+            torch.cat([self.patients, site_queues.patient_codes(names)]),
+        )
+
+    @torch.no_grad()
+    def _begin_queues(self, order: Order) -> None:
+        """Queues as the round starts them; fresh keys are of one view of local images."""
+        method, rounds, shop, task = self.shop.method.train(), self.shop.study.rounds, self.shop, self.task
+        count, batch = len(task.images), min(len(task.images), shop.study.training.batch_size)
+        wanted = site_queues.begin(
+            method, mode=rounds.queue, age=rounds.queue_age, batch=batch, images=count, number=order.round
+        )
+        key = seeding.key(shop.study.seed, "queue", self.data.name, order.round)
+        for part in site_queues.rows(count, wanted, batch=batch, key=key):
+            if len(part) > 1:  # batch statistics need two
+                view = task.batch(part, seeding.key(key, int(part[0])), shop.where, count=1)[0]
+                with shop.where.autocast():
+                    method.enqueue(view, self.patients[part].to(shop.where.device))
 
     def _state(self, order: Order) -> SiteState:
         return SiteState(Path(self.shop.study.state_dir), order.lineage, self.data.name)
@@ -295,7 +244,7 @@ class Site:
     def _view(self, part: Tensor) -> Tensor:
         key = seeding.key(self.shop.study.seed, "monitor", self.data.name, int(part[0]))
         layout = self.shop.where.memory_format(self.images.ndim - 2)
-        return self.shop.views(self._batch(part), key=key)[0].contiguous(memory_format=layout)
+        return self.shop.views(self._batch(part), key=key, count=1)[0].contiguous(memory_format=layout)
 
     def _feature_sums(self, features: Tensor) -> Tensors:
         """Count, sum and Σzzᵀ of the features at unit length (N, F), for the coding rate of all sites together."""

@@ -1,12 +1,12 @@
 """Codebooks at a site: their first codes, their share of the broadcast mass, and what of them is sent."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medfl.codebooks import Book, increment
 from medfl.layout import Tensors
 from medfl.methods.base import Method
 from medfl.models.quantizer import CodeSums, kmeans
@@ -15,16 +15,8 @@ Sums = Mapping[str, CodeSums]
 TOKENS_PER_CODE = 30  # as in the rule for the number of codes
 
 
-@dataclass(frozen=True)
-class Prior:
-    """N and S of every codebook as local training started from them."""
-
-    counts: Tensors
-    sums: Tensors
-
-
-def take_prior(method: Method, images: int) -> Prior:
-    """Scale each broadcast codebook to this site's own mass; the codes stay as they are.
+def take_prior(method: Method, images: int) -> dict[str, Book]:
+    """Scale each broadcast codebook to this site's own mass, the codes stay as they are; what training starts from.
 
     A moving average of `images` images per step settles at their tokens. With the mass of the whole federation a
     codebook would be deaf to one site's batches.
@@ -32,13 +24,13 @@ def take_prior(method: Method, images: int) -> Prior:
     Args:
         images: images per step, both views counted.
     """
-    counts, sums = {}, {}
+    prior = {}
     for name, book in method.codebooks().items():
         mass = float(book.counts.sum())
         scale = images * book.tokens_per_image / mass if mass > 0 else 1.0
         book.set(book.counts * scale, book.sums * scale)
-        counts[name], sums[name] = book.counts.double().cpu(), book.sums.double().cpu()
-    return Prior(counts, sums)
+        prior[name] = Book(book.counts.double().cpu(), book.sums.double().cpu())
+    return prior
 
 
 def seeds(method: Method, tokens: Mapping[str, Tensor], *, least: int, seed: torch.Generator) -> Tensors:
@@ -69,7 +61,7 @@ def refreshed(sums: Sums, least: int) -> Tensors:
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
-def trained(method: Method, prior: Prior, sums: Sums, *, mode: str, steps: int, least: int) -> Tensors:
+def trained(method: Method, prior: Mapping[str, Book], sums: Sums, *, mode: str, steps: int, least: int) -> Tensors:
     """What is sent after local training instead of the refresh pass's counts and sums.
 
     split_prior: what training added, N - γ^T N₀, which adds up over the sites to one machine's moving average.
@@ -77,10 +69,11 @@ def trained(method: Method, prior: Prior, sums: Sums, *, mode: str, steps: int, 
     """
     found: Tensors = {}
     for name, book in method.codebooks().items():
-        kept = book.decay**steps if mode == "split_prior" else 0.0
         shown = sums[name].images.cpu() >= least
-        counts = (book.counts.double().cpu() - kept * prior.counts[name]).clamp_min(0).where(shown, 0)
-        total = (book.sums.double().cpu() - kept * prior.sums[name]).where(shown[:, None], 0)
+        own = Book(book.counts.double().cpu(), book.sums.double().cpu())
+        if mode == "split_prior":
+            own = increment(prior[name], own, decay=book.decay, steps=steps)
+        counts, total = own.counts.clamp_min(0).where(shown, 0), own.sums.where(shown[:, None], 0)
         residuals = sums[name].residuals.cpu() / sums[name].counts.cpu().clamp_min(1) * counts
         found |= {f"{name}.counts": counts, f"{name}.sums": total, f"{name}.residuals": residuals}
     return found

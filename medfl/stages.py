@@ -1,5 +1,6 @@
 """The stages of a study, driven from the server: pretrain, evaluate, transfer, report. Each can be run alone."""
 
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from medfl.exchange import Enrolled, Federation, Request, collect, enrol, newcom
 from medfl.export import write_encoder
 from medfl.files import write_tensors
 from medfl.layout import Layout
-from medfl.messages import EVALUATE
+from medfl.messages import EVALUATE, SYNTHESIZE, Order
 from medfl.rounds import (
     Blueprint,
     Server,
@@ -26,6 +27,7 @@ from medfl.run_folder import Evaluated, Event
 from medfl.site import CENTRAL
 from medfl.study import Study
 
+SYNTHESIS_DEADLINE = 7 * 86400.0  # s; a latent diffusion model may take days where a round takes minutes
 Stage = Callable[[Federation, Sequence[Enrolled]], None]
 
 
@@ -65,6 +67,20 @@ def arms_of(study: Study, sites: Sequence[Enrolled]) -> dict[str, Arm]:
     if whole:  # only a simulation has one place with all data
         arms["central"] = Arm(whole, all_steps)
     return {arm: value for arm, value in arms.items() if arm.partition(":")[0] in study.arms}
+
+
+def synthesize(federation: Federation, sites: Sequence[Enrolled]) -> None:
+    """Every site makes synthetic images of its own training images and keeps them; only counts come back."""
+    study, nothing = federation.study, Layout(())
+    order = Order(study.source, "synthesis", "", "synthesize", 0, 0, 0, nothing.digest, uuid.uuid4().hex)
+    request = Request(
+        SYNTHESIZE, order, nothing, {}, nothing, nothing.digest, trains=False, deadline=SYNTHESIS_DEADLINE
+    )
+    members = [site for site in sites if not site.held_out and site.name != CENTRAL]
+    for update in collect(federation, request, members):
+        federation.folder.write(
+            Event("synthesize", "", 0, update.site, name, value) for name, value in update.metrics.items()
+        )
 
 
 def pretrain(federation: Federation, sites: Sequence[Enrolled]) -> None:
@@ -184,6 +200,7 @@ def report(federation: Federation, sites: Sequence[Enrolled]) -> None:  # noqa: 
 
 
 STAGES: dict[str, Stage] = {
+    "synthesize": synthesize,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "transfer": transfer,

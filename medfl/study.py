@@ -8,7 +8,7 @@ from medfl.errors import ConfigError, one_of
 
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
 
-STAGES = ("pretrain", "evaluate", "transfer", "report")
+STAGES = ("synthesize", "pretrain", "evaluate", "transfer", "report")
 PROTOCOLS = ("linear", "knn", "classifier")
 ARMS = ("random", "local", "federated", "central")
 
@@ -48,12 +48,14 @@ class Training(Section):
     steps: int  # optimizer steps per round
     batch_size: int  # volumes; each gives two views
     optimizer: Node
+    schedule: str  # cosine | steps
     warmup: float  # share of the whole schedule with a rising learning rate
     optimizer_state: str  # reset | keep: its moments at the start of a round
     precision: str  # auto | fp32 | bf16
     channels_last: str  # auto (on CUDA only) | always | never
     device: str  # auto | cpu | cuda
     threads: int  # CPU threads per process; equal counts give equal bits
+    synthetic: float  # synthetic images per real one, from this site's own stage synthesize
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Rounds(Section):
     codebook_keep: float  # share of the old codebook in the new one, where codebook=refresh
     codebook_images: int  # a site leaves out the codes that fewer of its images use
     target: str  # auto (the method's own) | average | shift | reset | local
+    queue: str  # refresh | keep | clear: what a round starts with
+    queue_age: int  # where queue=keep: rounds after which a key is dropped
     blend: str  # none | paper | code: how much of a site's own weights it keeps (FedEMA)
     blend_tau: float
     gram: str  # auto | always | never: sums of the features' products
@@ -92,6 +96,43 @@ class Evaluation(Section):
 
 
 @dataclass(frozen=True)
+class Synthesis(Section):
+    """Synthetic images: the latent diffusion model of one site, and the curation of what it makes."""
+
+    autoencoder: Node
+    denoiser: Node
+    autoencoder_steps: int
+    denoiser_steps: int
+    batch_size: int  # images
+    lr: float  # AdamW's peak: it rises for 2 % of the steps, then falls to zero as a cosine
+    weight_decay: float
+    kl: float  # weight of the divergence of the latents from N(0, 1), summed over an image's latents
+    ssim: float  # weight of 1 - SSIM of the reconstruction
+    ema: float  # largest momentum of the denoiser's average; (1 + step) / (10 + step) before
+    latents: str  # sample: drawn anew in every step | mean
+    held_out: float  # share of the patients whose images only choose the best weights
+    check_every: int  # steps between two held-out losses, and two states on disk
+    patience: int  # checks without a lower held-out loss that end a training
+    sampler_steps: int  # of DDIM
+    candidates: float  # images made, for each that the budget allows
+    budget: float  # images kept at most, for each real training image
+    features: Node  # method whose encoder judges realism and copies, pretrained on this site's images alone
+    feature_steps: int
+
+    def __post_init__(self) -> None:
+        one_of("synthesis.latents", self.latents, ("sample", "mean"))
+        for name in ("autoencoder_steps", "denoiser_steps", "batch_size", "check_every", "patience", "feature_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"synthesis.{name}: got {value}, need at least 1.")
+        for name in ("ema", "held_out"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"synthesis.{name}: got {value}, need a number in [0, 1).")
+        for name, least in {"candidates": 1, "budget": 0.001, "lr": 1e-12}.items():
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"synthesis.{name}: got {getattr(self, name)}, need at least {least}.")
+
+
+@dataclass(frozen=True)
 class Study:
     """All of a study. `source` is its YAML text: it travels to the sites and is parsed there again."""
 
@@ -106,6 +147,7 @@ class Study:
     method: Node
     rule: Node
     server_optimizer: Node
+    synthesis: Synthesis
     training: Training
     rounds: Rounds
     evaluation: Evaluation
@@ -119,6 +161,7 @@ class Study:
         ):
             for item in got:
                 one_of(key, item, allowed)
+        one_of("training.schedule", self.training.schedule, ("cosine", "steps"))
         one_of("training.optimizer_state", self.training.optimizer_state, ("reset", "keep"))
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
@@ -127,6 +170,7 @@ class Study:
         one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
         one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
         one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))
+        one_of("rounds.queue", self.rounds.queue, ("refresh", "keep", "clear"))
         one_of("rounds.blend", self.rounds.blend, ("none", "paper", "code"))
         one_of("rounds.gram", self.rounds.gram, ("auto", "always", "never"))
         one_of("rounds.on_collapse", self.rounds.on_collapse, ("stop", "warn"))
@@ -140,8 +184,11 @@ class Study:
             "rounds.count": self.rounds.count,
             "rounds.keep_checkpoints": self.rounds.keep_checkpoints,
             "rounds.codebook_images": self.rounds.codebook_images,
+            "rounds.queue_age": self.rounds.queue_age,
         }.items():
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")
+        if not 0 <= self.training.synthetic <= 10:
+            raise ConfigError(f"training.synthetic: got {self.training.synthetic}, need a share from 0 to 10.")
         if not 0 < self.rounds.quorum <= 1:
             raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")

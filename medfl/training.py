@@ -57,6 +57,7 @@ class Plan:
     steps: int
     batch_size: int
     warmup: float
+    schedule: str = "cosine"
 
     def progress(self, step: int) -> float:
         """Position in the whole schedule at this step, in [0, 1]; equal at sites with different step counts."""
@@ -70,16 +71,22 @@ class Task:
     images: Tensor  # (N, C, *S) float32
     labels: Tensor | None  # (N,) int64; never read by a method that is not `labelled`
     views: Views
+    patients: Tensor | None = None  # (N,) int64; read by a method that is `by_patient`
 
-    def batch(self, chosen: Tensor, key: int, where: Device, *, labelled: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Two views of the chosen images on the device, and their labels if the method reads labels."""
+    def batch(self, chosen: Tensor, key: int, where: Device, *, count: int) -> list[Tensor]:
+        """`count` views of the chosen images, on the device."""
         images = self.images[chosen.to(self.images.device)].to(where.device, non_blocking=True)
-        views = [
-            view.contiguous(memory_format=where.memory_format(view.ndim - 2)) for view in self.views(images, key=key)
-        ]
-        if not labelled or self.labels is None:
-            return views, None
-        return views, self.labels[chosen.to(self.labels.device)].to(where.device)
+        made = self.views(images, key=key, count=count)
+        return [view.contiguous(memory_format=where.memory_format(view.ndim - 2)) for view in made]
+
+    def known(self, chosen: Tensor, method: Method, where: Device) -> dict[str, Tensor | None]:
+        """What the method reads of the chosen images besides their views."""
+        read = {"labels": self.labels if method.labelled else None}
+        if method.by_patient:
+            read["patients"] = self.patients
+        return {
+            name: None if rows is None else rows[chosen.to(rows.device)].to(where.device) for name, rows in read.items()
+        }
 
 
 def train_locally(
@@ -97,11 +104,12 @@ def train_locally(
     sums: dict[str, Tensor] = {}
     for step, chosen in enumerate(indices(len(task.images), task.labels if method.labelled else None, plan)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = learning_rate(plan.progress(step + 1), peak=peak, warmup=plan.warmup)
+            progress = plan.progress(step + 1)
+            group["lr"] = learning_rate(progress, peak=peak, warmup=plan.warmup, schedule=plan.schedule)
         key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
-        views, labels = task.batch(chosen, key, where, labelled=method.labelled)
+        views = task.batch(chosen, key, where, count=method.views)
         with where.autocast():
-            losses = method(views, plan.progress(step), labels)
+            losses = method(views, plan.progress(step), **task.known(chosen, method, where))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         optimizer.step()

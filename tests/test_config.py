@@ -5,7 +5,7 @@ import yaml
 
 from medfl import config
 from medfl.errors import ConfigError
-from medfl.site import new_method
+from medfl.workshop import new_method
 from tests.federation.small import SMALL
 
 
@@ -26,7 +26,7 @@ def test_defaults_compose_and_survive_the_wire() -> None:
         ("rounds.count=two", r"rounds\.count: got 'two' \(str\), need int"),
         ("rounds.quorum=1.5", r"rounds\.quorum: got 1\.5, need a share"),
         ("training.precision=fp8", r"training\.precision: got 'fp8', need one of auto, fp32, bf16"),
-        ("stages=[pretrain,finetune2]", "stages: got 'finetune2', need one of pretrain"),
+        ("stages=[pretrain,finetune2]", "stages: got 'finetune2', need one of synthesize"),
         ("arms=federated", "arms: got 'federated', need a list"),
         ("data=medmnist data.name=adrenal", "adrenalmnist3d"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_score, roc_auc_score
 
 from medfl.evaluation.collapse import (
     alignment,
@@ -22,7 +22,7 @@ from medfl.evaluation.collapse import (
     uniformity,
 )
 from medfl.evaluation.knn import knn
-from medfl.evaluation.metrics import METRICS, accuracy, auc, balanced_accuracy, constant_accuracy, point
+from medfl.evaluation.metrics import METRICS, accuracy, auc, balanced_accuracy, constant_accuracy, point, precision
 from medfl.evaluation.probe import Features, Scores, linear_probe
 from medfl.evaluation.statistics import (
     Interval,
@@ -113,12 +113,14 @@ def test_metrics_are_those_of_sklearn(classes: int, levels: int) -> None:
     assert point(auc, p, y) == pytest.approx(expected, abs=1e-9)
     assert point(accuracy, p, y) == pytest.approx(accuracy_score(y, p.argmax(1)), abs=1e-9)
     assert point(balanced_accuracy, p, y) == pytest.approx(balanced_accuracy_score(y, p.argmax(1)), abs=1e-9)
+    macro = precision_score(y, p.argmax(1), labels=np.unique(y), average="macro", zero_division=0)
+    assert point(precision, p, y) == pytest.approx(macro, abs=1e-9)
     best = max(accuracy_score(y, np.full_like(y, k)) for k in range(classes))
     assert point(constant_accuracy, p, y) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("name", ["auc", "accuracy", "balanced_accuracy"])
+@pytest.mark.parametrize("name", ["auc", "accuracy", "balanced_accuracy", "precision"])
 def test_counts_are_repeated_rows(name: str, classes: int) -> None:
     p, y = sample(40, classes, 1)
     counts = np.random.default_rng(2).integers(0, 4, size=(40, 5))
@@ -191,7 +193,7 @@ def test_rows_of_one_patient_are_no_new_evidence() -> None:
 
 def test_undefined_values_are_none_and_one_patient_has_no_interval() -> None:
     nothing = measure(np.empty((0, 3)), np.empty(0, dtype=int), (), resamples=10, seed=0)
-    assert [nothing[name] for name in METRICS] == [UNDEFINED] * 4
+    assert [nothing[name] for name in METRICS] == [UNDEFINED] * len(METRICS)
     assert nothing["n_test"].value == 0
     one_class = measure(np.full((4, 2), 0.5), np.ones(4, dtype=int), names(4), resamples=10, seed=0)
     assert one_class["auc"] == one_class["balanced_accuracy"] == UNDEFINED

@@ -75,6 +75,21 @@ def test_the_kernel_computes_the_reference(shape, padding):
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_views_is_made_and_all_differ(count):
+    x = images(3, 2, 9, 14)
+    views = make(ALWAYS, backend="kernel")(x, key=4, count=count)
+    assert [view.shape for view in views] == [x.shape] * count
+    for i, first in enumerate(views):
+        assert not any(torch.allclose(first, other, atol=1e-2) for other in views[i + 1 :])
+    for fast, slow in zip(views, make(ALWAYS, backend="torch")(x, key=4, count=count), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+    if count == 2:
+        assert all(map(torch.equal, views, make(ALWAYS, backend="kernel")(x, key=4)))
+    longer = make(ALWAYS, backend="kernel")(torch.cat([x, x]), key=4, count=count)
+    assert all(torch.equal(some, more[:3]) for some, more in zip(views, longer, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["kernel", "torch"])
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_with_every_operation_off_a_view_is_the_image(shape, backend):
@@ -223,6 +238,8 @@ def test_what_cannot_be_used_is_refused():
         make()(torch.zeros(2, 1, 8, 8, dtype=torch.float64), key=0)
     with pytest.raises(ValueError, match="at least 2 voxels"):
         make()(torch.zeros(2, 1, 1, 8, 8), key=0)
+    with pytest.raises(ValueError, match="got count=0, need at least 1"):
+        make()(torch.zeros(2, 1, 8, 8), key=0, count=0)
     with pytest.raises(ConfigError, match=r"views\.backend: got 'fast'"):
         make(backend="fast")
     with pytest.raises(ConfigError, match="padding: got 'mirror'"):

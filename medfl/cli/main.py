@@ -13,10 +13,12 @@ USAGE = 2
 
 def commands() -> dict[str, Command]:
     """Name → command; a command's help is its docstring."""
-    from medfl.cli import research
+    from medfl.cli import research, synthetic
 
     return {
         "simulate": research.simulate,
+        "synthesize": synthetic.synthesize,
+        "share": synthetic.share,
         "evaluate": research.evaluate,
         "transfer": research.transfer,
         "report": research.report,
@@ -66,7 +68,7 @@ def run_argument(name: str, words: Sequence[str]) -> tuple[str, list[str]]:
 def _print_help(known: dict[str, Command]) -> None:
     print("medfl: federated self-supervised pretraining for medical images\n")
     for name, command in known.items():
-        print(f"  medfl {name:9} {(command.__doc__ or '').splitlines()[0]}")
+        print(f"  medfl {name:10} {(command.__doc__ or '').splitlines()[0]}")
     print("\nOne command's options: medfl COMMAND --help")
 
 

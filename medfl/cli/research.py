@@ -100,10 +100,12 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     """Any stages of a simulated study, with progress and a summary."""
     from client.app import app as client
     from medfl.carriers import simulate as carry
+    from medfl.cli.synthetic import progress_in, table
     from medfl.data.calibration import calibration
     from medfl.data.sites import describe
-    from medfl.site import sites_of
+    from medfl.site_synthesis import read_record
     from medfl.training import Device
+    from medfl.workshop import sites_of
     from server.app import app as server
 
     plan = study.training
@@ -116,8 +118,12 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     console.print(sites_table(study, facts))
     # One node more than sites: the place with all data, where the central arm trains.
     asked: dict[str, str | int] = {"study": study.source, "stages": ",".join(stages), "sites": len(sites) + 1}
-    with Progress(console, study, stages) as progress, RunFolder.watched(progress.show):
+    with Progress(console, study, stages) as progress, RunFolder.watched(progress.show), progress_in(console):
         carry(server, client, asked, carrier=study.rounds.carrier, threads=plan.threads)
+    if "synthesize" in stages:
+        made = sorted((Path(study.state_dir) / "synthetic").glob("*/curation.json"))
+        console.print(table([read_record(path.parent) for path in made]))
+        console.print("  ".join(f"{path.parent}/contact_sheet.png" for path in made), soft_wrap=True)
     console.print(summary(folder))
 
 

@@ -34,12 +34,21 @@ def accuracy(probabilities: Array, labels: Labels, counts: Array | None = None) 
 
 
 def balanced_accuracy(probabilities: Array, labels: Labels, counts: Array | None = None) -> Array:
-    """Mean recall of the classes that occur, (R,); NaN if only one class does."""
+    """Mean recall of the classes that occur (macro recall), (R,); NaN if only one class does."""
     counts = _counts(probabilities, labels, counts)
     members = np.equal.outer(np.arange(probabilities.shape[1]), labels).astype(np.float64)  # (K, N)
     totals = members @ counts  # (K, R)
     recall = ratio((members * (probabilities.argmax(axis=1) == labels)) @ counts, totals)
     return np.where((totals > 0).sum(axis=0) > 1, mean(recall, axis=0), np.nan)
+
+
+def precision(probabilities: Array, labels: Labels, counts: Array | None = None) -> Array:
+    """Mean precision of the classes that occur, (R,); 0 for a class that is never predicted; NaN if only one occurs."""
+    counts = _counts(probabilities, labels, counts)
+    chosen = np.equal.outer(np.arange(probabilities.shape[1]), probabilities.argmax(axis=1)).astype(np.float64)
+    occurs = np.equal.outer(np.arange(probabilities.shape[1]), labels).astype(np.float64) @ counts > 0  # (K, R)
+    found = np.nan_to_num(ratio((chosen * (probabilities.argmax(axis=1) == labels)) @ counts, chosen @ counts))
+    return np.where(occurs.sum(axis=0) > 1, mean(np.where(occurs, found, np.nan), axis=0), np.nan)
 
 
 def constant_accuracy(probabilities: Array, labels: Labels, counts: Array | None = None) -> Array:
@@ -53,6 +62,7 @@ METRICS: Mapping[str, Metric] = {
     "auc": auc,
     "accuracy": accuracy,
     "balanced_accuracy": balanced_accuracy,
+    "precision": precision,
     "constant_accuracy": constant_accuracy,
 }
 

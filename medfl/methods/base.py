@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medfl.models.quantizer import Quantizer
+from medfl.models.queue import Queue
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,6 +45,8 @@ class Method(nn.Module):
         phases: names of its phases, in order.
         claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
         labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
+        views: how many views `forward` takes.
+        by_patient: True if `forward` takes a last `patients`, None or (B,) int64: equal for images of one patient.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
         targets: prefix of each momentum copy -> prefix of its online net; names below both are equal.
         target_mode: what rounds.target=auto means for it.
@@ -52,6 +55,8 @@ class Method(nn.Module):
     phases: ClassVar[tuple[str, ...]] = ("pretrain",)
     claims: Mapping[str, Claim]
     labelled: bool = False
+    views: int = 2
+    by_patient: bool = False
     encoder: nn.Module
     targets: ClassVar[Mapping[str, str]] = {}
     target_mode: ClassVar[str] = "average"
@@ -84,6 +89,13 @@ class Method(nn.Module):
         """The quantizers by name, claimed as CODEBOOK."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
 
+    def queues(self) -> dict[str, Queue]:
+        """The queues of keys by name, claimed as QUEUE: they never leave a site."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Queue)}
+
+    def enqueue(self, view: Tensor, patients: Tensor) -> None:
+        """Put keys of one view (B, C, *S) into the queues, without gradient; nothing where there is none."""
+
     def observe(self, images: Tensor, progress: float) -> Tensor:
         """Features (B, F), without gradient, after every batch norm of the method has seen `images`.
 
@@ -91,7 +103,7 @@ class Method(nn.Module):
         state of its own, override it.
         """
         with torch.no_grad():
-            self.forward([images, images], progress)
+            self.forward([images] * self.views, progress)
             features: Tensor = self.encoder(images)
         return features
 

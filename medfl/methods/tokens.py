@@ -1,5 +1,6 @@
 """What a refresh pass collects at the quantizers: sums per code, or a sample of the tokens themselves."""
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -10,15 +11,15 @@ from medfl.methods.base import Method
 from medfl.models.quantizer import CodeSums, Quantizer
 
 
-class _AtQuantizers:
+class _AtQuantizers(ABC):
     """While active, `_see` gets the tokens (B, N, D) that enter each quantizer of a method."""
 
     def __init__(self, method: Method) -> None:
         self._books = method.codebooks()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _see(self, name: str, book: Quantizer, tokens: Tensor) -> None:
-        raise NotImplementedError(f"{type(self).__name__}._see for {name}")
+    @abstractmethod
+    def _see(self, name: str, book: Quantizer, tokens: Tensor) -> None: ...
 
     def __enter__(self) -> Self:
         for name, book in self._books.items():

@@ -89,19 +89,25 @@ def adjust(images: Tensor, tone: Tensor, noise: Tensor) -> Tensor:
 def noise(salts: Tensor, count: int) -> Tensor:
     """Standard normal values (R, count), a pure function of (salts, position): equal on every device and backend.
 
-    A counter-based integer hash of the position, keyed by the row's two salts (R, 2) int32, picks one of 4096
-    equally probable quantiles. Integers wrap at 32 bits.
+    The hash of each position picks one of 4096 equally probable quantiles.
     """
-    first, second, third = (value - (1 << 32) if value >> 31 else value for value in MULTIPLIERS)
-    bits = torch.arange(count, dtype=torch.int32, device=salts.device) ^ salts[:, :1]
-    bits = (bits ^ _shifted(bits, 16)) * first
-    bits = (bits ^ _shifted(bits, 15)) * second + salts[:, 1:]
-    bits = (bits ^ _shifted(bits, 16)) * third
-    picked = _shifted(bits, 32 - LEVELS)
+    picked = shifted(hashed(salts, count), 32 - LEVELS)
     return quantiles(salts.device).index_select(0, picked.flatten()).view(picked.shape)
 
 
-def _shifted(bits: Tensor, count: int) -> Tensor:
+def hashed(salts: Tensor, count: int) -> Tensor:
+    """32 random bits (R, count) int32: a counter-based hash of the position, keyed by two salts (R, 2) int32.
+
+    Integers wrap at 32 bits.
+    """
+    first, second, third = (value - (1 << 32) if value >> 31 else value for value in MULTIPLIERS)
+    bits = torch.arange(count, dtype=torch.int32, device=salts.device) ^ salts[:, :1]
+    bits = (bits ^ shifted(bits, 16)) * first
+    bits = (bits ^ shifted(bits, 15)) * second + salts[:, 1:]
+    return (bits ^ shifted(bits, 16)) * third
+
+
+def shifted(bits: Tensor, count: int) -> Tensor:
     """Unsigned shift to the right of int32."""
     return (bits >> count) & ((1 << (32 - count)) - 1)
 

@@ -21,6 +21,8 @@ def build(request: pytest.FixtureRequest) -> Build:
         study = config.compose([f"method={request.param}", *data, *encoder, *overrides])
         torch.manual_seed(seed)
         method: Method = config.build(study.method)
-        return method.train()
+        others = torch.randn(8, 1, *[16] * dims, generator=torch.Generator().manual_seed(2))
+        method.train().enqueue(others, torch.arange(100, 108))  # queues as a round starts them
+        return method
 
     return built

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.parametrize("dims", [2, 3])
 IMAGES = 32
 
 
-def batch(dims: int) -> tuple[list[Tensor], Tensor]:
+def batch(dims: int, count: int = 2) -> tuple[list[Tensor], Tensor]:
     draw = torch.Generator().manual_seed(1)
-    views = [torch.randn(IMAGES, 1, *[16] * dims, generator=draw) for _ in range(2)]
+    views = [torch.randn(IMAGES, 1, *[16] * dims, generator=draw) for _ in range(count)]
     return views, torch.arange(IMAGES) % 2
 
 
 def losses(method: Method, dims: int, progress: float = 0.0) -> dict[str, Tensor]:
-    views, labels = batch(dims)
+    views, labels = batch(dims, method.views)
     got: dict[str, Tensor] = method(views, progress, labels if method.labelled else None)
     return got
 

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ from medfl.carriers import InProcessGrid
 from medfl.exchange import Federation
 from medfl.layout import Tensors
 from medfl.messages import PRETRAIN
+from medfl.methods.base import Method
 from medfl.models.quantizer import Quantizer
+from medfl.models.queue import Queue
 from medfl.run_folder import RunFolder
 from medfl.site import open_site
+from medfl.training import train_locally
 from tests.federation.small import digest, run, small_study
 
 pytestmark = pytest.mark.federation
@@ -132,6 +136,39 @@ def test_no_token_and_nothing_local_is_in_any_message(
         private = [t for n, t in kept.items() if n.startswith(("optimizer/", "target_")) and t.numel() > 64]
         assert len(private) > 20
         assert not [piece for tensor in private for piece in pieces(tensor) if piece in wire]
+
+
+@pytest.mark.parametrize("queue", ["refresh", "keep"])
+def test_no_key_of_a_queue_is_in_any_message(queue: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pushed: list[torch.Tensor] = []
+    sent: list[torch.Tensor] = []
+    plain = Queue.push
+
+    def push(self: Queue, keys: torch.Tensor, patients: torch.Tensor | None) -> None:
+        pushed.append(keys.detach().clone())
+        plain(self, keys, patients)
+
+    def train(method: Method, *rest: Any) -> dict[str, float]:
+        losses = train_locally(method, *rest)
+        sent.append(method.encoder.get_parameter("stem.0.weight").detach().clone())
+        return losses
+
+    monkeypatch.setattr(Queue, "push", push)
+    monkeypatch.setattr("medfl.site.train_locally", train)
+    study = small_study(tmp_path, "method=dcl", "arms=[federated]", f"rounds.queue={queue}")
+    grid = Listening(client, 3)
+    grid.heard = {}
+    stages.run(Federation(grid, study, RunFolder.create(tmp_path, study.source, resume=True)), ("pretrain",), 3)
+    wire = b"".join(data for arrays in grid.heard.values() for data in arrays)
+    keys = torch.cat(pushed)
+    assert len(keys) > 100
+    assert not [row for row in keys for kind in (row, row.double()) if kind[:4].numpy().tobytes() in wire]
+    assert len(sent) == 4  # two sites, two rounds: the same search finds what was sent
+    assert all(weight.numpy().tobytes() in wire for weight in sent)
+    kept = {n: t for path in Path(study.state_dir).rglob("*.safetensors") for n, t in load_file(path).items()}
+    assert ("queue.keys" in kept) == (queue == "keep")
+    with (tmp_path / "wire.csv").open(newline="") as file:
+        assert not [row for row in csv.DictReader(file) if row["role"] == "queue" or row["name"].startswith("queue")]
 
 
 class Late(InProcessGrid):

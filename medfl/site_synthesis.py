@@ -65,6 +65,7 @@ def make(study: Study, data: SiteData, images: Tensor, views: Views, where: Devi
         model, count=round(plan.candidates * budget), steps=plan.sampler_steps, seed=seeding.key(seed, "sample"),
         batch_size=plan.batch_size, where=where, report=lambda done, count: told.step("sampling", done, count),
     )  # fmt: skip
+    log.info("synthesis at %s: pretraining the features, then curating %d images", data.name, len(candidates))
     features = _features(study, data.name, Task(images, None, views), where)
     others = torch.cat([data.val.images, data.test.images])
     found = curate(candidates, real, others, features, keep=budget, seed=seeding.key(seed, "curation"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -83,19 +84,20 @@ def share(words: Sequence[str]) -> None:
     console.print(f"wrote {target}/: {record['counts'].get('kept', 0)} images and their record")
 
 
-def table(records: Sequence[dict[str, object]]) -> Table:
-    """What became of the images made at each site."""
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """What became of the images made at each site; one column a site."""
     found = Table(title="synthetic images", title_justify="left")
-    reasons: list[str] = list(dict.fromkeys(reason for record in records for reason in dict(record["counts"])))  # type: ignore[call-overload]
-    for name in ("site", *reasons, "copies (95 %)"):
-        found.add_column(name, justify="left" if name == "site" else "right")
+    found.add_column("verdict")
     for record in records:
-        counts = dict(record["counts"])  # type: ignore[call-overload]
-        found.add_row(str(record["site"]), *(str(counts.get(reason, 0)) for reason in reasons), _share(record))
+        found.add_column(record["site"], justify="right")
+    for reason in dict.fromkeys(reason for record in records for reason in record["counts"]):
+        told = reason if reason == "kept" else f"refused: {reason}"
+        found.add_row(told, *(str(record["counts"].get(reason, 0)) for record in records))
+    found.add_row("copies (95 %)", *(_share(record) for record in records))
     return found
 
 
-def copy_figure(record: dict[str, object]) -> str:
+def copy_figure(record: dict[str, Any]) -> str:
     """The figure to decide by, in one sentence."""
     return (
         f"copies: {_share(record)} of the images made were found to be copies of a training image; among held-out "
@@ -103,8 +105,8 @@ def copy_figure(record: dict[str, object]) -> str:
     )
 
 
-def _share(record: dict[str, object]) -> str:
-    copies = dict(record["copies"])  # type: ignore[call-overload]
+def _share(record: dict[str, Any]) -> str:
+    copies = record["copies"]
     return "{share:.1%} ({share_low:.1%}–{share_high:.1%})".format(**copies) if copies["share"] is not None else "–"
 
 

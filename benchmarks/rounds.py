@@ -20,8 +20,9 @@ from medfl import config, stages
 from medfl.carriers import InProcessGrid
 from medfl.exchange import Federation, enrol
 from medfl.messages import Broadcast
-from medfl.rounds import Blueprint, Server, order_of, run_round
+from medfl.rounds import order_of, run_round
 from medfl.run_folder import RunFolder
+from medfl.server_state import Blueprint, Server
 from medfl.site import Site, open_site
 from medfl.training import Task, train_locally
 

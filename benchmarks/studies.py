@@ -30,12 +30,14 @@ SETS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def options(text: str, *, sets: Sequence[str], runs: str) -> argparse.ArgumentParser:
+def options(
+    text: str, *, sets: Sequence[str], runs: str, choices: Sequence[str] = tuple(SETS)
+) -> argparse.ArgumentParser:
     """The options that all of them take; what stands after them is added to every command."""
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--data", type=Path, required=True)
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    found.add_argument("--sets", nargs="+", choices=list(SETS), default=list(sets))
+    found.add_argument("--sets", nargs="+", choices=list(choices), default=list(sets))
     found.add_argument("--runs", type=Path, default=Path(runs))
     found.add_argument("--jobs", type=int, default=2)
     found.add_argument("--json", type=Path)

@@ -1,10 +1,11 @@
 """Asking the sites: who is there, one request to many, and what crossed each site's border, into wire.csv."""
 
 import math
+import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -25,6 +26,7 @@ from medfl.run_folder import Event, RunFolder
 from medfl.study import Study
 
 POLL = 0.2  # s, while waiting for sites to come online
+OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-9][0-9]{0,11})")
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
 BY_CODE = {error.exit_code: error for error in (ConfigError, DataError, PolicyError, ResourceError, DivergedError)}
 
@@ -37,7 +39,11 @@ class Enrolled:
     name: str
     volumes: int
     held_out: bool
-    owners: tuple[str, ...] = ()
+    holdings: Mapping[str, int] = field(default_factory=dict)  # owner group -> training volumes that can teach it
+
+    def share(self, owner: str) -> float:
+        """Volumes that can teach an owner group, for each training volume; all of them where nobody owns alone."""
+        return self.holdings.get(owner, 0) / self.volumes if owner else 1.0
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,18 @@ def _enrolled(reply: Message, nonce: str) -> Enrolled:
     metrics = checked_metrics((reply.content.metric_records.get("metrics") or {}).items(), name or str(node))
     if identity.get("nonce") != nonce or not 0 < len(name) <= 64 or not name.isprintable():
         raise ReplyRefused(f"node {node}: got no valid name and nonce. Install the same medfl release there.")
-    owners = tuple(filter(None, str(identity.get("owners", "")).split(",")))
-    return Enrolled(node, name, int(metrics.get("site/train", 0)), identity.get("held_out") == "yes", owners)
+    volumes, held_out = int(metrics.get("site/train", 0)), identity.get("held_out") == "yes"
+    return Enrolled(node, name, volumes, held_out, _holdings(str(identity.get("owners", "")), name))
+
+
+def _holdings(text: str, site: str) -> dict[str, int]:
+    """Owner groups and their volumes from "modality:t1=3,paired=2"."""
+    found = {}
+    for item in filter(None, text.split(",")):
+        if not (match := OWNER.fullmatch(item)):
+            raise ReplyRefused(f"site '{site}': got the owner group {item[:60]!r}, need name=count.")
+        found[match["group"]] = int(match["count"])
+    return found
 
 
 def collect(federation: Federation, request: Request, sites: Sequence[Enrolled]) -> list[Update]:
@@ -207,7 +223,7 @@ def _expected(federation: Federation, request: Request, site: Enrolled) -> Expec
     return Expected(
         site=site.name,
         nonce=request.order.nonce,
-        layout=request.answers.owned(site.owners),
+        layout=request.answers.owned(tuple(site.holdings)),
         digest=request.digest,
         volumes=site.volumes if request.trains else 0,
         steps=request.order.steps,

@@ -12,7 +12,7 @@ from medfl import __version__, config
 from medfl.errors import ConfigError, DataError
 from medfl.files import sha256, write_bytes, write_tensors
 from medfl.methods.base import Role
-from medfl.rounds import Server
+from medfl.server_state import Server
 from medfl.study import Study
 from medfl.workshop import new_method
 

@@ -18,7 +18,8 @@ from medfl.layout import DTYPES, Flat, Layout
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
-METRIC = re.compile(r"(loss|monitor|site|synthesis|linear|knn|classifier)/[a-z0-9_]{1,40}(/(value|low|high))?")
+KINDS = "loss|monitor|site|synthesis|linear|knn|classifier|fusion|average|segmentation"
+METRIC = re.compile(rf"({KINDS})/[a-z0-9_]{{1,40}}(/(value|low|high))?")
 MOST_METRICS = 200
 LARGEST_METRIC = 1e9
 CHUNK = 1 << 16  # elements

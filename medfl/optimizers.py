@@ -89,6 +89,21 @@ class LARS(torch.optim.Optimizer):
         return ratio.where(size > 0, 1.0)
 
 
+def scale_rates(optimizer: torch.optim.Optimizer, rate: Callable[[Tensor], float]) -> None:
+    """Multiply the learning rate of each parameter by its `rate`: groups are split where it differs inside them.
+
+    Args:
+        optimizer: new; a state would be lost.
+    """
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        rates = [rate(parameter) for parameter in group["params"]]
+        for factor in dict.fromkeys(rates):
+            members = [p for p, own in zip(group["params"], rates, strict=True) if own == factor]
+            optimizer.add_param_group({**group, "params": members, "lr": group["lr"] * factor})
+
+
 def no_server_optimizer(parameters: Sequence[Tensor]) -> None:
     """The aggregate replaces the weights: plain federated averaging."""
 

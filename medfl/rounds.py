@@ -1,154 +1,33 @@
-"""One arm's state on the server, and one round: aggregate what the gate admitted, and step."""
+"""One round: ask the sites, aggregate what the gate admitted, and step."""
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from medfl import config, features, rules, server_books
-from medfl.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
-from medfl.codebooks import Book
-from medfl.errors import ConfigError, DivergedError
+from medfl.errors import DivergedError
 from medfl.exchange import Enrolled, Federation, Request, collect
 from medfl.gate import Update
-from medfl.layout import Flat, Layout, Policy, Tensors, broadcast_layout, seed_layout, update_layout
+from medfl.layout import Flat, Layout, Tensors
 from medfl.messages import PRETRAIN, REFRESH, SEED, Order
 from medfl.methods.base import Role
-from medfl.methods.moments import pool
+from medfl.methods.phases import phase_of
 from medfl.run_folder import Event
-from medfl.server_books import Books, Kind
+from medfl.server_books import Books
+from medfl.server_state import Server
 from medfl.study import Study
-from medfl.workshop import new_method
 
 Rule = Callable[[Sequence[np.ndarray], Sequence[float], rules.Before], np.ndarray]
 LLOYD = 3  # exchanges of code sums before the first round
 CONFIRMED = 2  # collapsed rounds running
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """What the server knows of the method: layouts and initial tensors. It never trains."""
-
-    sends: Layout
-    answers: Layout
-    sums: Layout
-    seeds: Layout
-    initial: Flat
-    books: Mapping[str, Kind]  # the codebooks that travel
-    remarks: Callable[[Mapping[str, float]], list[str]]
-    alarm: Callable[[Mapping[str, float]], str]
-
-    @classmethod
-    def of(cls, study: Study) -> "Blueprint":
-        method = new_method(study)
-        policy = Policy.of(method, study.rounds)
-        sends = broadcast_layout(method, policy)
-        return cls(
-            sends,
-            update_layout(method, policy),
-            update_layout(method, policy, parameters=False),
-            seed_layout(method),
-            sends.pack(method.state_dict()),
-            server_books.kinds_of(method) if policy.codebook != "local" else {},
-            method.remarks,
-            method.alarm,
-        )
-
-
-@dataclass
-class Server:
-    """One arm's global state: all that a checkpoint needs."""
-
-    arm: str
-    lineage: str
-    blueprint: Blueprint
-    flat: Flat
-    optimizer: torch.optim.Optimizer | None
-    round: int = 0
-    norms: list[float] = field(default_factory=list)  # of the updates accepted so far
-    alarms: int = 0  # collapsed rounds running
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # what the server optimizer steps
-    books: Books = field(default_factory=lambda: Books({}, {}))
-
-    @classmethod
-    def start(cls, study: Study, arm: str, blueprint: Blueprint, saved: Checkpoint | None) -> "Server":
-        """A new arm, or the one that a checkpoint holds.
-
-        Raises:
-            ConfigError: the checkpoint is of another model.
-        """
-        flat = {group: array.copy() for group, array in blueprint.initial.items()}
-        if saved is not None:
-            if saved.facts["layout"] != blueprint.sends.digest:
-                raise ConfigError(f"the checkpoint of arm '{arm}' is of another model. Repeat the run's own overrides.")
-            flat = {group: saved.tensors[group].numpy() for group in flat}
-        steps = {g: torch.from_numpy(a).requires_grad_() for g, a in flat.items() if g.startswith("parameter/")}
-        optimizer = config.build(study.server_optimizer, parameters=list(steps.values()))
-        books = Books.start(blueprint.books, saved.tensors if saved is not None else {})
-        server = cls(arm, uuid.uuid4().hex, blueprint, flat, optimizer, parameters=steps, books=books)
-        if saved is not None:
-            server.lineage, server.round = str(saved.facts["lineage"]), int(saved.facts["round"])
-            server.norms, server.alarms = [float(norm) for norm in saved.facts["norms"]], int(saved.facts["alarms"])
-            if optimizer is not None:
-                load_optimizer(optimizer, saved.tensors)
-        return server
-
-    def checkpoint(self) -> Checkpoint:
-        tensors = {group: torch.from_numpy(array) for group, array in self.flat.items()}
-        state = optimizer_tensors(self.optimizer) if self.optimizer is not None else {}
-        facts = {
-            "arm": self.arm,
-            "lineage": self.lineage,
-            "layout": self.blueprint.sends.digest,
-            "norms": self.norms,
-            "alarms": self.alarms,
-        }
-        return Checkpoint(tensors | state | self.books.checkpoint(), facts)
-
-    def tensors(self) -> Tensors:
-        return self.blueprint.sends.unpack(self.flat)
-
-    def step(self, aggregate: Flat) -> None:
-        """Parameters take the aggregate, or step towards it through the server optimizer (gradient = −change).
-
-        Momentum encoders are averages already and take theirs as it is.
-        """
-        with torch.no_grad():
-            for group in aggregate.keys() - self.parameters.keys():
-                self.flat[group][:] = aggregate[group]
-            for group, parameter in self.parameters.items():
-                if self.optimizer is None:
-                    parameter.copy_(torch.from_numpy(aggregate[group]))
-                else:
-                    parameter.grad = parameter.detach() - torch.from_numpy(aggregate[group])
-            if self.optimizer is not None:
-                self.optimizer.step()
-
-    def get_books(self) -> dict[str, Book]:
-        tensors = self.tensors()
-        return {n: Book(tensors[f"{n}.counts"].double(), tensors[f"{n}.sums"].double()) for n in self.books.kinds}
-
-    def set_books(self, books: Mapping[str, Book]) -> None:
-        tensors = self.tensors()
-        for name, book in books.items():
-            tensors[f"{name}.counts"].copy_(book.counts)
-            tensors[f"{name}.sums"].copy_(book.sums)
-
-    def set_moments(self, sums: Mapping[str, torch.Tensor]) -> None:
-        """Running statistics of every pooled norm from sums over the sites; statistics are set, never stepped."""
-        tensors = self.tensors()
-        for name in (n.removesuffix(".count") for n in sums if n.endswith(".count")):
-            count = int(sums[f"{name}.count"][0])
-            mean, variance = pool([(count, sums[f"{name}.sum"], sums[f"{name}.square"])])
-            tensors[f"{name}.running_mean"].copy_(mean)
-            tensors[f"{name}.running_var"].copy_(variance)
-
-
 def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled], steps: int) -> None:
     """One round: the server's state moves by one round, or stays as it is.
+
+    Sites that hold nothing of what the phase trains are not asked; where none is left, the weights stay.
 
     Args:
         steps: optimizer steps of each site.
@@ -157,15 +36,33 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
         NetworkError (or the sites' common error): too few usable updates.
     """
     began, study, parts = time.perf_counter(), federation.study, server.blueprint.answers
+    phase = _begin_phase(federation, server)
+    needed = server.blueprint.needs.get(phase, "")
+    able = [site for site in sites if site.share(needed)]
+    if not able:
+        server.round += 1
+        text = f"phase '{phase}': no site of this arm holds what it needs ({needed}); the weights stay."
+        federation.folder.write([Event("pretrain", server.arm, server.round, "", "remark", 1.0, text)])
+        return
     order = order_of(study, server, server.round + 1, steps)
     request = Request(PRETRAIN, order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms)
-    updates = collect(federation, request, sites)
+    updates = collect(federation, request, able)
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
-    server.step(_aggregate(updates, weights, server, config.partial(study.rule)))
+    server.step(_aggregate(updates, able, server, config.partial(study.rule), study.rounds.max_share))
     server.round += 1
     told = _take_sums(study, server, updates, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates])[-1000:]
     federation.folder.write(_events(server, updates, weights, told, time.perf_counter() - began))
+
+
+def _begin_phase(federation: Federation, server: Server) -> str:
+    """The phase of the next round; before its first one the method may change the global weights."""
+    phases, number = server.blueprint.phases, server.round + 1
+    phase = phase_of(phases, number, federation.study.rounds.count)
+    if len(phases) > 1 and number == phase.first:
+        server.begin_phase(federation.study, phase.name)
+        federation.folder.write([Event("pretrain", server.arm, number, "", "phase", 1.0, phase.name)])
+    return phase.name
 
 
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
@@ -253,7 +150,7 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
         study.source,
         server.lineage,
         server.arm,
-        "pretrain",
+        phase_of(server.blueprint.phases, number, study.rounds.count).name,
         number,
         study.rounds.count,
         steps,
@@ -262,15 +159,23 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
     )
 
 
-def _aggregate(updates: Sequence[Update], weights: Sequence[float], server: Server, rule: Rule) -> Flat:
-    """Each group of weights over the sites that own it; a group that no site owns stays as it is."""
+def _aggregate(
+    updates: Sequence[Update], sites: Sequence[Enrolled], server: Server, rule: Rule, max_share: float
+) -> Flat:
+    """Each group of weights over the sites that own it, by the volumes that taught it; what nobody owns is left out.
+
+    A site's share of volumes with a modality is taken to be the same in a round as in all its training volumes.
+    """
+    enrolled = {site.name: site for site in sites}
     aggregate: Flat = {}
     for group, slots in server.blueprint.sends.groups.items():
-        if slots[0].role not in (Role.PARAMETER, Role.TARGET):
+        held = [update for update in updates if group in update.flat]
+        if slots[0].role not in (Role.PARAMETER, Role.TARGET) or not held:
             continue
-        held = [(u.flat[group], w) for u, w in zip(updates, weights, strict=True) if group in u.flat]
+        volumes = [update.volumes * enrolled[update.site].share(slots[0].owner) for update in held]
+        weights = rules.site_weights(volumes, max_share)
         before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
-        aggregate[group] = rule([f for f, _ in held], [w for _, w in held], before) if held else server.flat[group]
+        aggregate[group] = rule([update.flat[group] for update in held], weights, before)
     return aggregate
 
 
@@ -299,11 +204,7 @@ def _events(
         rows.append(event(update.site, "round/weight", weight))
         rows.append(event(update.site, "round/update_norm", update.norm))
         rows += [event(update.site, name, value) for name, value in sorted(update.metrics.items())]
-    means = {
-        name: sum(update.metrics.get(name, 0.0) * weight for update, weight in zip(updates, weights, strict=True))
-        for name in sorted(updates[0].metrics)
-        if name.startswith(("loss/", "monitor/"))
-    }
+    means = _means(updates, weights)
     rows += [event("", name, value) for name, value in means.items()]
     rows += [event(site, name, value) for site, name, value in told]
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
@@ -312,6 +213,17 @@ def _events(
         remarks.append(f"collapsed: {collapse}")
     server.alarms = server.alarms + 1 if collapse else 0
     return rows + [Event("pretrain", server.arm, server.round, "", "remark", 1.0, text) for text in remarks]
+
+
+def _means(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, float]:
+    """Weighted means of the loss terms and monitors, each over the sites that have it."""
+    sums: dict[str, tuple[float, float]] = {}
+    for update, weight in zip(updates, weights, strict=True):
+        for name, value in update.metrics.items():
+            if name.startswith(("loss/", "monitor/")):
+                total, mass = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + value * weight, mass + weight)
+    return {name: total / mass for name, (total, mass) in sorted(sums.items())}
 
 
 def _index_alarms(told: Sequence[tuple[str, str, float]]) -> list[str]:

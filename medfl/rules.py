@@ -90,7 +90,7 @@ def layer_divergence_aware(values: Sequence[np.ndarray], weights: Sequence[float
     return mean
 
 
-def site_weights(volumes: Sequence[int], max_share: float) -> list[float]:
+def site_weights(volumes: Sequence[float], max_share: float) -> list[float]:
     """Shares of the sites: proportional to volumes, none above `max_share` (or above 1 / sites, where that is more).
 
     What a capped site loses goes to the others in proportion, and is capped again if need be.

@@ -14,16 +14,18 @@ from medfl.checkpoint import load_optimizer, optimizer_tensors
 from medfl.data.sample import SiteData
 from medfl.data.sites import pool
 from medfl.errors import ConfigError
-from medfl.evaluation import collapse
+from medfl.evaluation import collapse, pictures
 from medfl.evaluation.at_site import probe
 from medfl.layout import Tensors, seed_layout
 from medfl.messages import Answer, Broadcast, Order
 from medfl.methods.moments import Moments
+from medfl.methods.phases import Phase, phase_of
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
+from medfl.optimizers import scale_rates
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
-from medfl.training import Device, Plan, Task, train_locally
+from medfl.training import Plan, Task, train_locally
 from medfl.workshop import Workshop, sites_of, workshop
 
 CENTRAL = "central"
@@ -47,8 +49,10 @@ class Site:
     def __init__(self, shop: Workshop, data: SiteData, members: Mapping[str, int]) -> None:
         """`members`: training images by site: this one, or in a simulation's place with all data, all of them."""
         self.shop, self.data, self.members = shop, data, members
-        self.images = _resident(data.train.images, shop.where)
+        self.images = shop.where.resident(data.train.images)
         self.patients = site_queues.patient_codes(data.train.patients)
+        self.holdings = shop.method.holdings(data.train.images, data.train.masks)
+        self.answers, self.sums = (layout.owned(tuple(self.holdings)) for layout in (shop.answers, shop.sums))
 
     @classmethod
     def for_message(cls, source: str, context: Context) -> "Site":
@@ -58,13 +62,16 @@ class Site:
         """How many volumes it has, and whether it takes part in training."""
         splits = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
         metrics = {f"site/{name}": len(split.images) for name, split in splits.items()}
-        facts = {"held_out": "yes" if self.data.held_out else "no", "owners": ""}
+        owners = ",".join(f"{group}={count}" for group, count in self.holdings.items())
+        facts = {"held_out": "yes" if self.data.held_out else "no", "owners": owners}
         return Answer(self.data.name, order.nonce, order.layout, metrics, facts=facts)
 
     def train(self, broadcast: Broadcast) -> Answer:
         """One round: refresh pass under the broadcast weights, then local training."""
         began, order, shop = time.perf_counter(), broadcast.order, self.shop
         method, rounds, state = shop.method, shop.study.rounds, self._state(order)
+        phase = self._phase(order)
+        method.enter(phase.name)
         kept = state.before(order.round)
         self._load(broadcast, kept)
         self._start_own_books()
@@ -72,7 +79,7 @@ class Site:
         share, blending = shop.blend.apply(method, kept)
         self._begin_queues(order)
         prior, start = site_books.take_prior(method, 2 * self._batch_size()), shop.blend.start(method)
-        losses, moments = self._learn(order, kept)
+        losses, moments = self._learn(order, kept, phase)
         state.save(order.round, self._staying() | blending | shop.blend.keep(method, start) | moments)
         if shop.policy.codebook in ("split_prior", "mean"):
             sums |= site_books.trained(
@@ -86,17 +93,34 @@ class Site:
         }
         if shop.blend.form != "none":
             metrics["site/kept_share"] = share
-        flat = shop.answers.pack({**method.state_dict(), **sums}, into=shop.packed)
+        flat = self.answers.pack({**method.state_dict(), **sums}, into=shop.packed)
+        flat = {group: flat[group] for group in self.answers.sizes}
         return Answer(self.data.name, order.nonce, shop.answers.digest, metrics, flat)
 
-    def _learn(self, order: Order, kept: Tensors) -> tuple[dict[str, float], Tensors]:
+    def _phase(self, order: Order) -> Phase:
+        """The phase of this round by this site's own study.
+
+        Raises:
+            ConfigError: the server is in another phase.
+        """
+        phase = phase_of(self.shop.method.phases, order.round, order.rounds)
+        if order.phase != phase.name:
+            raise ConfigError(
+                f"site '{self.data.name}', round {order.round}: the server is in phase {order.phase!r}, the study says "
+                f"{phase.name!r}. Install the same medfl release on both."
+            )
+        return phase
+
+    def _learn(self, order: Order, kept: Tensors, phase: Phase) -> tuple[dict[str, float], Tensors]:
         """The round's steps; mean terms, and the optimizer's state if it outlives the round."""
-        shop = self.shop
-        optimizer = config.build(shop.study.training.optimizer, parameters=shop.method.trainable())
+        shop, method = self.shop, self.shop.method
+        optimizer = config.build(shop.study.training.optimizer, parameters=method.trainable())
+        rates = {id(parameter): method.rate(name) for name, parameter in method.named_parameters()}
+        scale_rates(optimizer, lambda parameter: rates[id(parameter)])
         keep = shop.study.training.optimizer_state == "keep"
-        if keep:
+        if keep and order.round > phase.first:  # another phase steps other parameters
             load_optimizer(optimizer, kept)
-        losses = train_locally(shop.method, self.task, optimizer, self._plan(order), shop.where)
+        losses = train_locally(method, self.task, optimizer, self._plan(order, phase), shop.where)
         return losses, optimizer_tensors(optimizer) if keep else {}
 
     def synthesize(self, order: Order) -> Answer:
@@ -116,26 +140,29 @@ class Site:
 
     def refresh(self, broadcast: Broadcast) -> Answer:
         """The refresh pass alone: plain sums under the weights sent along."""
-        order, layout = broadcast.order, self.shop.sums
+        order, digest = broadcast.order, self.shop.sums.digest
         self._load(broadcast, self._state(order).before(order.round + 1))
         self._start_own_books()
         sums, monitors, _ = self._refresh()
         metrics = monitors | {"site/volumes": len(self.images), "site/steps": 1}
-        return Answer(self.data.name, order.nonce, layout.digest, metrics, layout.pack(sums))
+        return Answer(self.data.name, order.nonce, digest, metrics, self.sums.pack(sums))
 
     def evaluate(self, broadcast: Broadcast) -> Answer:
-        """Probes on the frozen encoder, with this site's own labels; only the scores leave."""
+        """Scores of the frozen encoder with this site's own labels. They alone leave; pictures of it are kept here."""
         order, shop = broadcast.order, self.shop
         self._load(broadcast, self._state(order).before(order.round + 1))
         shop.method.eval()
-        metrics = probe(shop.method, self.data, shop.study.evaluation, shop.where.device, seed=shop.study.seed)
+        plan, device = shop.study.evaluation, shop.where.device
+        metrics = probe(shop.method, self.data, plan, device, seed=shop.study.seed)
+        if hasattr(shop.method.encoder, "fuse"):
+            pictures.draw(shop.method, self.data, Path(shop.study.state_dir), device, arm=order.arm, plan=plan)
         return Answer(self.data.name, order.nonce, order.layout, metrics)
 
-    def _plan(self, order: Order) -> Plan:
+    def _plan(self, order: Order, phase: Phase) -> Plan:
         training = self.shop.study.training
         return Plan(
-            self.shop.study.seed, self.data.name, order.round, order.rounds, order.steps,
-            training.batch_size, training.warmup, training.schedule,
+            self.shop.study.seed, self.data.name, order.round, phase.rounds, order.steps,
+            training.batch_size, training.warmup, training.schedule, phase.first - 1,
         )  # fmt: skip
 
     @functools.cached_property
@@ -147,11 +174,11 @@ class Site:
             for name, count in (self.members.items() if study.training.synthetic else ())
         ]
         if not added:
-            return Task(self.images, train.labels, self.shop.views, self.patients)
+            return Task(self.images, train.labels, self.shop.views, self.patients, train.masks)
         extra = torch.cat(added)
         names = tuple(f"synthetic {place}" for place in range(len(extra)))
         return Task(
-            torch.cat([self.images, _resident(extra, self.shop.where)]),
+            torch.cat([self.images, self.shop.where.resident(extra)]),
             torch.cat([train.labels, torch.full((len(extra),), -1)]),
             self.shop.views,
             torch.cat([self.patients, site_queues.patient_codes(names)]),
@@ -275,11 +302,3 @@ def _batches(chosen: Tensor, size: int) -> list[Tensor]:
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
-
-
-def _resident(images: Tensor, where: Device) -> Tensor:
-    """The images on the device if they take less than a third of its free memory, else in pinned host memory."""
-    if where.device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(where.device)
-    return images.to(where.device) if images.nbytes < free / 3 else images.pin_memory()

@@ -14,8 +14,6 @@ from medfl.files import write_tensors
 from medfl.layout import Layout
 from medfl.messages import EVALUATE, SYNTHESIZE, Order
 from medfl.rounds import (
-    Blueprint,
-    Server,
     join_codebooks,
     order_of,
     refresh,
@@ -24,6 +22,7 @@ from medfl.rounds import (
     stop_if_collapsed,
 )
 from medfl.run_folder import Evaluated, Event
+from medfl.server_state import Blueprint, Server
 from medfl.site import CENTRAL
 from medfl.study import Study
 

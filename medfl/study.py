@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
 from medfl.errors import ConfigError, one_of
@@ -9,7 +10,7 @@ from medfl.errors import ConfigError, one_of
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
 
 STAGES = ("synthesize", "pretrain", "evaluate", "transfer", "report")
-PROTOCOLS = ("linear", "knn", "classifier")
+PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
 ARMS = ("random", "local", "federated", "central")
 
 
@@ -31,6 +32,8 @@ def _typed(value: Any, kind: Any, at: str) -> Any:
     """`value` as `kind` (int passes for float); ConfigError otherwise."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _typed(value, get_args(kind)[0], at)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{at}: got {value!r}, need a list such as [a, b].")
@@ -88,11 +91,18 @@ class Rounds(Section):
 class Evaluation(Section):
     """Frozen-encoder evaluation at every site."""
 
-    protocols: tuple[str, ...]  # linear | knn | classifier
+    protocols: tuple[str, ...]  # linear | knn | classifier | fusion | segmentation
     regularization: tuple[float, ...]  # the linear probe's C, chosen on the validation split
     neighbours: int
     resamples: int  # of patients, for the 95 % intervals
-    batch_size: int
+    batch_size: int  # images, or windows of them, at once
+    window: tuple[int, ...] | None  # voxels along each axis that are fused and segmented at once; None: all
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (not self.window or min(self.window) < 1):
+            raise ConfigError(
+                f"evaluation.window: got {list(self.window)}, need null or a size for each axis, above 0."
+            )
 
 
 @dataclass(frozen=True)

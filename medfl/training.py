@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medfl import seeding
+from medfl.data.sample import UNLABELLED
 from medfl.errors import DivergedError, ResourceError
 from medfl.methods.base import Method, balanced_probabilities
 from medfl.optimizers import learning_rate
@@ -40,6 +41,13 @@ class Device:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def resident(self, images: Tensor) -> Tensor:
+        """The images on the device if they take less than a third of its free memory, else in pinned host memory."""
+        if self.device.type != "cuda":
+            return images
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return images.to(self.device) if images.nbytes < free / 3 else images.pin_memory()
+
     def memory_format(self, spatial_dims: int) -> torch.memory_format:
         if not self.channels_last:
             return torch.contiguous_format
@@ -53,15 +61,16 @@ class Plan:
     seed: int
     site: str
     round: int  # from 1
-    rounds: int
+    rounds: int  # of the phase
     steps: int
     batch_size: int
     warmup: float
     schedule: str = "cosine"
+    before: int = 0  # rounds of earlier phases
 
     def progress(self, step: int) -> float:
-        """Position in the whole schedule at this step, in [0, 1]; equal at sites with different step counts."""
-        return (self.round - 1 + step / self.steps) / self.rounds
+        """Position in the phase's schedule at this step, in [0, 1]; equal at sites with different step counts."""
+        return (self.round - 1 - self.before + step / self.steps) / self.rounds
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,20 @@ class Task:
     labels: Tensor | None  # (N,) int64; never read by a method that is not `labelled`
     views: Views
     patients: Tensor | None = None  # (N,) int64; read by a method that is `by_patient`
+    masks: Tensor | None = None  # (N, *S) uint8; read by a method that `segments`
 
-    def batch(self, chosen: Tensor, key: int, where: Device, *, count: int) -> list[Tensor]:
-        """`count` views of the chosen images, on the device."""
+    def batch(self, chosen: Tensor, key: int, where: Device, *, count: int, masked: bool = False) -> list[Tensor]:
+        """`count` views of the chosen images, on the device; with their masks as a last channel if `masked`."""
         images = self.images[chosen.to(self.images.device)].to(where.device, non_blocking=True)
+        if masked:
+            images = torch.cat([images, self._masks(chosen, images)], dim=1)
         made = self.views(images, key=key, count=count)
         return [view.contiguous(memory_format=where.memory_format(view.ndim - 2)) for view in made]
+
+    def _masks(self, chosen: Tensor, images: Tensor) -> Tensor:
+        if self.masks is None:
+            return torch.full_like(images[:, :1], UNLABELLED)
+        return self.masks[chosen.to(self.masks.device)].to(images.device)[:, None].float()
 
     def known(self, chosen: Tensor, method: Method, where: Device) -> dict[str, Tensor | None]:
         """What the method reads of the chosen images besides their views."""
@@ -107,12 +124,16 @@ def train_locally(
             progress = plan.progress(step + 1)
             group["lr"] = learning_rate(progress, peak=peak, warmup=plan.warmup, schedule=plan.schedule)
         key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
-        views = task.batch(chosen, key, where, count=method.views)
+        views, read = task.batch(chosen, key, where, count=method.views, masked=method.segments), {}
+        if method.segments:
+            read["masks"] = views[0][:, -1].to(torch.uint8)
+            views = [view[:, :-1] for view in views]
         with where.autocast():
-            losses = method(views, plan.progress(step), **task.known(chosen, method, where))
+            losses = method(views, plan.progress(step), **read, **task.known(chosen, method, where))
         optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        optimizer.step()
+        if losses["total"].requires_grad:  # else this batch has nothing of what the phase trains
+            losses["total"].backward()
+            optimizer.step()
         method.after_step(plan.progress(step + 1))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()

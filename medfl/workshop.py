@@ -69,6 +69,9 @@ def workshop(source: str) -> Workshop:
     method = new_method(study).to(where.device)
     if where.channels_last:
         method.to(memory_format=where.memory_format(int(study.data["spatial_dims"])))  # type: ignore[call-overload]
+    views = config.build(study.views)
+    if method.segments and not getattr(views, "keeps_masks", False):
+        raise ConfigError(f"views: {type(views).__name__} would move images away from their masks. Take views=crops.")
     policy = Policy.of(method, study.rounds)
     claims, brought = study_claims(method, policy), traveling(policy)
     initial = {
@@ -85,7 +88,7 @@ def workshop(source: str) -> Workshop:
     return Workshop(
         study,
         method,
-        config.build(study.views),
+        views,
         where,
         initial,
         staying,

@@ -1,17 +1,23 @@
 """The command line as its users meet it: one line, the right exit code, nothing lost."""
 
+import io
 import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console, RenderableType
 
 from medfl.cli.main import main
+from medfl.cli.progress import sites_table, summary
+from medfl.run_folder import RunFolder
 from tests.federation.small import SMALL, digest
+from tests.run_folder import dice, write_run, write_volumes
 
 
 def folder_of_images(root: Path, *, sites: int = 2, each: int = 26, mode: str = "L") -> list[str]:
@@ -132,3 +138,33 @@ def test_the_whole_way_from_folder_to_exported_encoder(tmp_path: Path, capsys: p
 
     with pytest.raises(DataError, match="does not match the SHA-256"):
         load_encoder(tmp_path / "out")
+
+
+def shown(table: RenderableType) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return " ".join(console.export_text().split())
+
+
+def test_the_summary_shows_dice_where_there_is_no_auc(tmp_path: Path) -> None:
+    assert "linear-probe AUC" in shown(summary(RunFolder(write_run(tmp_path / "classes"))))
+    folder = write_volumes(tmp_path / "volumes", pictures={"site-1/federated/fusion.png": b""})
+    text = shown(summary(RunFolder(folder)))
+    assert "Dice of the whole tumour (95 % interval)" in text
+    values = [dice("federated", site, "dice_wt") for site in ("site-1", "site-2", "site-4")]
+    assert f"{sum(values) / 3:.3f}" in text
+    assert f"{values[0]:.3f} ({values[0] - 0.04:.2f}–{values[0] + 0.03:.2f})" in text
+    assert "sites/pictures" in text
+
+
+def test_the_table_of_sites_shows_modalities_and_masks(tmp_path: Path) -> None:
+    study = SimpleNamespace(run_dir="runs/x")
+    facts = json.loads((write_volumes(tmp_path / "volumes") / "sites.json").read_text())
+    text = shown(sites_table(study, facts))  # type: ignore[arg-type]
+    assert "modalities in training" in text
+    assert "flair 20, t2 20" in text
+    assert "classes in training" not in text
+    facts = json.loads((write_run(tmp_path / "classes") / "sites.json").read_text())
+    text = shown(sites_table(study, facts))  # type: ignore[arg-type]
+    assert "normal 300, lesion 120" in text
+    assert "modalities" not in text

@@ -1,6 +1,7 @@
 """Curation finds what is planted: copies, noise, duplicates; and lets other patients' images pass."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,29 @@ from torch.nn import functional as F
 
 from medfl.data.phantom import Phantom
 from medfl.errors import ConfigError, DataError
-from medfl.synthesis.copies import Calibration, Scores
+from medfl.synthesis import alignment
+from medfl.synthesis.alignment import Templates, aligned, likeliest, margins, prepared, variants
+from medfl.synthesis.copies import Calibration, Scores, planted
 from medfl.synthesis.curation import KEPT, Curation, curate
 from medfl.synthesis.sheet import contact_sheet
+from medfl.views.spatial import resample
 
 SIZES = {2: 24, 3: 12}
 DIMS = pytest.mark.parametrize("dims", [2, 3])
 
 
 @functools.cache
-def sets(dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Training images, calibration images and new images, all of different patients."""
+def anatomies(dims: int, *, size: int, count: int) -> Tensor:
     settings: dict[str, Any] = {"classes": ("none", "smooth"), "contrast": 0.5, "noise": 0.02, "seed": 3}
     made = Phantom(
-        name="anatomy", spatial_dims=dims, channels=1, size=SIZES[dims], count=139, images_per_patient=1, **settings
+        name="anatomy", spatial_dims=dims, channels=1, size=size, count=count, images_per_patient=1, **settings
     )
-    images = made.load().images
+    return made.load().images
+
+
+def sets(dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Training images, calibration images and new images, all of different patients."""
+    images = anatomies(dims, size=SIZES[dims], count=139)
     return images[:60], images[60:115], images[115:]
 
 
@@ -155,3 +163,55 @@ def test_the_contact_sheet_is_a_picture(dims: int, tmp_path: Path) -> None:
     picture = imread(tmp_path / "sheet.png")
     assert picture.shape[1] > 500
     assert picture[..., :3].std() > 0.05
+
+
+def correlation(image: Tensor, reference: Tensor) -> float:
+    """The largest over mirror images, turns and whole voxels of shift, by loops, in float64."""
+    image, reference = image.double(), reference.double()
+    dims, room = image.ndim - 1, margins(image[None])
+    inner = [slice(margin, side - margin) for margin, side in zip(room, image.shape[1:], strict=True)]
+    centre = reference[(slice(None), *inner)].flatten(1)
+    centre = (centre - centre.mean(1, keepdim=True)).flatten()
+    best = -1.0
+    for variant in variants(image[None].float(), alignment.TURNS[dims]):
+        for shifts in itertools.product(*[range(-margin, margin + 1) for margin in room]):
+            place = [slice(part.start + shift, part.stop + shift) for part, shift in zip(inner, shifts, strict=True)]
+            window = variant[0].double()[(slice(None), *place)].flatten(1)
+            window = (window - window.mean(1, keepdim=True)).flatten()
+            best = max(best, float(window @ centre / (window.norm() * centre.norm())))
+    return best
+
+
+@DIMS
+def test_alignment_is_the_best_of_all_whole_shifts_or_between_two(dims: int) -> None:
+    real, _, new = sets(dims)
+    templates = Templates.of(real[:3])
+    found = aligned(new[:2], templates, torch.tensor([[0, 2], [1, 2]]))
+    for image, row, values in zip(prepared(new[:2]), [(0, 2), (1, 2)], found.tolist(), strict=True):
+        for place, value in zip(row, values, strict=True):
+            whole = correlation(image, templates.images[place])
+            assert whole - 1e-5 <= value <= whole + 0.03
+
+
+@pytest.mark.parametrize(("dims", "size"), [(2, 28), (2, 40), (3, 28)])  # compared at 28, 32 and 20 voxels a side
+def test_a_shift_by_half_a_voxel_is_found(dims: int, size: int) -> None:
+    real = anatomies(dims, size=size, count=12)
+    maps = torch.cat([torch.eye(dims), torch.full((dims, 1), 0.5)], dim=1)
+    shifted = resample(real, maps.expand(len(real), -1, -1), padding="border")
+    own = aligned(shifted, Templates.of(real), torch.arange(len(real))[:, None])
+    assert float(own.min()) > 0.99
+
+
+@DIMS
+def test_the_likeliest_templates_are_few_and_hold_the_source_of_every_copy(
+    dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "LEFT", 16)  # of 60
+    monkeypatch.setattr("medfl.synthesis.copies.PLANTED", 12)
+    real, _, _ = sets(dims)
+    templates = Templates.of(real)
+    source = likeliest(planted(real, 0)["flip"], templates, 1)
+    for copies in planted(real, 0).values():
+        chosen = likeliest(copies, templates, 5)
+        assert chosen.shape == (12, 5)
+        assert (chosen == source).any(dim=1).all()

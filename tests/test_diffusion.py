@@ -17,10 +17,11 @@ from medfl.config import CONFIGS, build, compose
 from medfl.data.phantom import Phantom
 from medfl.errors import ConfigError, DataError, DivergedError
 from medfl.models.diffusion import Schedule, autoencoder, cropped, denoiser, padded
+from medfl.models.similarity import ssim
 from medfl.optimizers import adamw
 from medfl.study import Synthesis
 from medfl.synthesis.latent import Diffusion
-from medfl.synthesis.losses import reconstruction, ssim
+from medfl.synthesis.losses import reconstruction
 from medfl.synthesis.progress import Progress, average_momentum, batch
 from medfl.synthesis.sampling import sample
 from medfl.synthesis.training import Phase, Run, train

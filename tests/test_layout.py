@@ -1,29 +1,37 @@
 """Layouts, owner groups, batches and schedules: what both ends derive alone must agree."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from medfl.errors import ConfigError
+from medfl.exchange import Enrolled
 from medfl.gate import Update
 from medfl.layout import Layout, Policy, broadcast_layout, seed_layout, study_claims, update_layout
 from medfl.methods.base import Claim, Method, Role
-from medfl.optimizers import learning_rate
-from medfl.rounds import Blueprint, Server, _aggregate
-from medfl.rules import weighted_mean
+from medfl.methods.phases import Phase, phase_of, phases_of
+from medfl.optimizers import learning_rate, scale_rates
+from medfl.rounds import _aggregate
+from medfl.rules import Before, weighted_mean
+from medfl.server_state import Blueprint, Server
 from medfl.training import Plan, indices
 
 
-class TwoModalities(Method):
+class Modalities(Method):
     """A net for each modality, one shared by all, and what must stay."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.t1, self.t2 = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.t1, self.t2, self.flair = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
         self.shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         self.private, self.frozen_head = nn.Linear(2, 1), nn.Linear(2, 1)
         self.claims = {
             "t1": Claim(Role.PARAMETER, "modality:t1"),
             "t2": Claim(Role.PARAMETER, "modality:t2"),
+            "flair": Claim(Role.PARAMETER, "modality:flair"),
             "shared": Claim(Role.PARAMETER),
             "private": Claim(Role.LOCAL),
             "frozen_head": Claim(Role.FIXED),
@@ -31,7 +39,7 @@ class TwoModalities(Method):
 
 
 def test_only_what_may_travel_is_in_the_layouts() -> None:
-    method = TwoModalities()
+    method = Modalities()
     names = {slot.name for slot in broadcast_layout(method, Policy()).slots}
     assert names == {
         n for n in method.state_dict() if not n.startswith(("private", "frozen_head")) and "batches" not in n
@@ -45,47 +53,76 @@ def test_only_what_may_travel_is_in_the_layouts() -> None:
 
 
 def test_tensors_survive_packing_in_any_order_and_the_digest_names_the_layout() -> None:
-    method = TwoModalities()
+    method = Modalities()
     layout = broadcast_layout(method, Policy())
     state = method.state_dict()
     back = layout.unpack(layout.pack(dict(reversed(state.items()))))
     assert all(torch.equal(back[slot.name], state[slot.name]) for slot in layout.slots)
-    assert layout.digest == broadcast_layout(TwoModalities(), Policy()).digest
+    assert layout.digest == broadcast_layout(Modalities(), Policy()).digest
     assert layout.digest != broadcast_layout(method, Policy(norm="local")).digest
 
 
 def test_unclaimed_integer_and_misshapen_tensors_are_refused_by_name() -> None:
-    method = TwoModalities()
+    method = Modalities()
     method.extra = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"'extra\.weight' is claimed by no prefix"):
         broadcast_layout(method, Policy())
     with pytest.raises(ValueError, match=r"'counter' is int64.*Claim it as local"):
         Layout.of([("counter", Claim(Role.PARAMETER), (), "int64")])
-    layout = broadcast_layout(TwoModalities(), Policy())
-    with pytest.raises(ValueError, match=r"'shared\.0\.bias': got nothing, need shape \(2,\)"):
+    layout = broadcast_layout(Modalities(), Policy())
+    with pytest.raises(ValueError, match=r"'flair\.bias': got nothing, need shape \(2,\)"):
         layout.pack({})
 
 
-def test_a_site_without_a_modality_does_not_move_its_net_by_a_bit() -> None:
-    method = TwoModalities()
+def server_of(method: Method, optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None) -> Server:
     sends, answers = broadcast_layout(method, Policy()), update_layout(method, Policy())
-    blueprint = Blueprint(sends, answers, update_layout(method, Policy(), parameters=False), seed_layout(method),
-                          sends.pack(method.state_dict()), {}, method.remarks, method.alarm)  # fmt: skip
-    groups = {g: torch.from_numpy(a) for g, a in blueprint.initial.items() if g.startswith("parameter/")}
-    server = Server("federated", "x", blueprint, blueprint.initial, None, parameters=groups)
+    sums, seeds, initial = update_layout(method, Policy(), parameters=False), seed_layout(method), method.state_dict()
+    blueprint = Blueprint(sends, answers, sums, seeds, sends.pack(initial), {}, method.phases, method.needs,
+                          method.remarks, method.alarm)  # fmt: skip
+    flat = {group: array.copy() for group, array in blueprint.initial.items()}
+    steps = {g: torch.from_numpy(a).requires_grad_() for g, a in flat.items() if g.startswith("parameter/")}
+    return Server("federated", "x", blueprint, flat, optimizer and optimizer([*steps.values()]), parameters=steps)
 
-    def update(site: str, owners: tuple[str, ...], value: float) -> Update:
-        sizes = answers.owned(owners).sizes
-        flat = {g: torch.full((n,), value, dtype=torch.float32).numpy() for g, n in sizes.items() if "parameter" in g}
-        return Update(site, flat, 10, {}, 1.0)
 
-    updates = [update("a", ("modality:t1", "modality:t2"), 1.0), update("b", ("modality:t2",), 3.0)]
-    mean = _aggregate(updates, [0.5, 0.5], server, weighted_mean)
-    assert set(mean["parameter/modality:t1/float32"].tolist()) == {1.0}  # only its owner counts
-    assert set(mean["parameter/modality:t2/float32"].tolist()) == {2.0}
-    assert set(mean["parameter/all/float32"].tolist()) == {2.0}
-    nobody = _aggregate([update("b", ("modality:t2",), 3.0)], [1.0], server, weighted_mean)
-    assert (nobody["parameter/modality:t1/float32"] == blueprint.initial["parameter/modality:t1/float32"]).all()
+def answer(server: Server, site: Enrolled, seed: int) -> Update:
+    sizes = server.blueprint.answers.owned(tuple(site.holdings)).sizes
+    draw = np.random.default_rng(seed)
+    flat = {group: draw.standard_normal(size).astype(group.rpartition("/")[2]) for group, size in sizes.items()}
+    return Update(site.name, flat, site.volumes, {}, 1.0)
+
+
+def test_each_modality_is_averaged_over_the_sites_that_hold_it_bit_for_bit() -> None:
+    a = Enrolled(1, "a", 10, False, {"modality:t1": 10, "modality:t2": 5})
+    b = Enrolled(2, "b", 30, False, {"modality:t2": 30, "modality:flair": 7})
+    server = server_of(Modalities())
+    first, second = answer(server, a, 1), answer(server, b, 2)
+    mean = _aggregate([first, second], [a, b], server, weighted_mean, 1.0)
+    group = "parameter/modality:{}/float32".format
+    assert (mean[group("t1")] == first.flat[group("t1")]).all()  # its owner's, bit for bit
+    assert (mean[group("flair")] == second.flat[group("flair")]).all()
+    before = Before(server.flat[group("t2")], [])
+    both = weighted_mean([first.flat[group("t2")], second.flat[group("t2")]], [5, 30], before)
+    assert (mean[group("t2")] == both).all()  # by the volumes that have it, not by all
+    assert np.allclose(both, (5 * first.flat[group("t2")] + 30 * second.flat[group("t2")]) / 35, atol=1e-6)
+    everybody = weighted_mean([u.flat["parameter/all/float32"] for u in (first, second)], [10, 30], before)
+    assert (mean["parameter/all/float32"] == everybody).all()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_what_no_site_of_a_round_owns_stays_as_it_was_bit_for_bit(momentum: float | None) -> None:
+    """With a server optimizer too, whose momentum from earlier rounds would still carry it on."""
+    a = Enrolled(1, "a", 10, False, {"modality:t1": 10, "modality:t2": 10})
+    b = Enrolled(2, "b", 10, False, {"modality:t2": 10})
+    stepper = None if momentum is None else lambda steps: torch.optim.SGD(steps, lr=1.0, momentum=momentum)
+    server = server_of(Modalities(), stepper)
+    server.step(_aggregate([answer(server, a, 1)], [a], server, weighted_mean, 1.0))
+    before = {group: array.copy() for group, array in server.flat.items()}
+    server.step(_aggregate([answer(server, b, 2)], [b], server, weighted_mean, 1.0))
+    still = {group for group, array in server.flat.items() if (array == before[group]).all()}
+    assert {g for g in still if g.startswith("parameter")} == {
+        "parameter/modality:t1/float32",
+        "parameter/modality:flair/float32",
+    }
 
 
 def plan(number: int, steps: int = 5, batch: int = 8) -> Plan:
@@ -115,3 +152,32 @@ def test_schedules_are_functions_of_progress_alone() -> None:
     assert [plan(n, steps=s).progress(s) for n, s in ((1, 5), (2, 7), (3, 9))] == pytest.approx([1 / 3, 2 / 3, 1.0])
     rate = [learning_rate(p, peak=0.1, warmup=0.05) for p in (0.0, 0.05, 0.525, 1.0)]
     assert rate == pytest.approx([0.0, 0.1, 0.05, 0.0])
+
+
+def test_phases_share_out_all_rounds_in_order() -> None:
+    shares = {"features": 0.4, "fusion": 0.3, "segmentation": 0.3}
+    assert phases_of(shares, 10) == [Phase("features", 1, 4), Phase("fusion", 5, 7), Phase("segmentation", 8, 10)]
+    assert [phase_of(shares, number, 10).name for number in (0, 1, 4, 5, 7, 8, 10)] == [
+        *["features"] * 3, *["fusion"] * 2, *["segmentation"] * 2
+    ]  # fmt: skip
+    assert phases_of({"pretrain": 1.0}, 7) == [Phase("pretrain", 1, 7)]
+    with pytest.raises(ConfigError, match=r"rounds\.count: got 2, too few for the phases features 40%, fusion 30%"):
+        phases_of(shares, 2)
+
+
+def test_each_phase_has_the_whole_schedule() -> None:
+    second = Plan(0, "a", 5, 3, 10, 8, 0.05, before=4)
+    assert second.progress(0) == 0.0
+    assert Plan(0, "a", 7, 3, 10, 8, 0.05, before=4).progress(10) == 1.0
+
+
+def test_rates_are_scaled_without_changing_anything_else() -> None:
+    weights, bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    slow = nn.Parameter(torch.zeros(2, 2))
+    groups = [{"params": [weights, slow], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    scale_rates(optimizer, lambda parameter: 0.25 if parameter is slow else 1.0)
+    rows = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert [([id(p) for p in params], lr, decay) for params, lr, decay in rows] == [
+        ([id(weights)], 1.0, 0.1), ([id(slow)], 0.25, 0.1), ([id(bias)], 1.0, 0.0)
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+from base64 import b64decode
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -22,17 +23,21 @@ from medfl.report.tables import FILES, read_run
 from tests.run_folder import (
     ARMS,
     EVALUATION,
+    PHASES,
     ROUNDS,
     SITES,
     TRANSFER,
     WIRE,
     auc,
+    dice,
     discrete_crossings,
     discrete_events,
     write_run,
     write_table,
+    write_volumes,
 )
 
+PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "</td><script src=//x.example/a.js>alert('$x^2$')</script>&\"'"
 
 
@@ -417,3 +422,137 @@ def test_an_empty_comparison_has_no_number():
 
 def test_the_made_up_folder_has_the_columns_that_are_written():
     assert (EVALUATION, TRANSFER, WIRE) == (run_folder.EVALUATION, run_folder.TRANSFER, run_folder.WIRE)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """A run of a method that fuses and segments, with pictures of two sites and one file that is none."""
+    found = {
+        "site-1/federated/fusion.png": PNG + b"one",
+        "site-1/federated/field.png": PNG + b"two",
+        "site-1/central/fusion.png": PNG + b"three",
+        "site-2/local-site-2/segmentation.png": PNG + b"four",
+        "site-3/federated/fusion.png": b"no picture",
+        "site-1/federated/other.png": PNG + b"five",
+    }
+    return write_volumes(tmp_path_factory.mktemp("volumes") / "study", pictures=found)
+
+
+@pytest.fixture(scope="module")
+def volumes_text(volumes):
+    return page.write(volumes).read_text()
+
+
+def test_without_modalities_there_is_no_section_on_fusion(text):
+    assert not re.search(r'(id="|href="#)volumes"', text)
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "metric"),
+    [
+        (("linear", "segmentation", "fusion"), "linear-probe AUC"),
+        (("segmentation", "fusion"), "segmentation Dice (whole tumour)"),
+        (("fusion",), "fusion SSIM"),
+        ((), "linear-probe AUC"),
+    ],
+)
+def test_the_headline_is_the_first_metric_that_was_measured(folder, volumes, tmp_path, kept, metric):
+    rows = [row for path in (folder, volumes) for row in rows_of(path / "evaluation.csv") if row["protocol"] in kept]
+    write_table(tmp_path / "evaluation.csv", EVALUATION, [tuple(row.values()) for row in rows])
+    assert summary.name_of(summary.headline(read_run(tmp_path))) == metric
+
+
+def test_dice_leads_the_page_where_there_is_no_auc(volumes_text):
+    mean = fmean(dice("federated", site, "dice_wt") for site in SITES if site != "site-3")
+    study = section(volumes_text, "study")
+    assert f"reached a mean segmentation Dice (whole tumour) of {mean:.3f} (95 %" in study
+    assert "site-3 is in no mean: no arm has a value there (for instance, no mask in its test split)." in study
+    assert "Segmentation Dice (whole tumour) on each site's own test images" in section(volumes_text, "arms")
+    assert "dice et" not in section(volumes_text, "arms")  # it is in the section on volumes
+
+
+def test_every_dice_is_on_the_page_with_its_interval(volumes, volumes_text):
+    shown = section(volumes_text, "volumes")
+    written = [row for row in rows_of(volumes / "evaluation.csv") if re.fullmatch(r"dice_\w\w", row["metric"])]
+    assert len(written) == 3 * 3 * len(ARMS)
+    for row in written:
+        value, low, high = (f"{float(row[name]):.3f}".replace("-", "−") for name in ("value", "low", "high"))
+        assert f"{value} {low} to {high}" in shown
+
+
+def test_measures_are_named_by_region_and_the_fused_image_is_beside_the_plain_mean(volumes_text):
+    shown = section(volumes_text, "volumes")
+    assert "Whole tumour site-1 0.070" in shown
+    assert re.search(r"HD95, mm \(lower is better\) Whole tumour 18.80 14.46 to 24.23 7.60", shown)
+    assert "Site Mean of the sources Untrained Alone Federated Central site-1 0.800 0.780 to 0.810 0.790" in shown
+    assert "PSNR 20.60 20.02 to 21.18" in shown
+    assert "PSNR : closeness to each source" in shown
+    assert "NMI" not in shown  # nobody measured it
+
+
+def test_who_holds_what_is_told(volumes_text):
+    shown = section(volumes_text, "volumes")
+    assert "Site flair t1ce t1 t2 With a mask site-1 24 24 24 24 9 site-2 20 – – 20 9 site-3 – 16 16 – –" in shown
+    assert "Classes in training" not in section(volumes_text, "sites")
+
+
+def test_a_run_that_is_not_evaluated_shows_who_holds_what(volumes, tmp_path):
+    for name in ("sites.json", "metrics.jsonl"):
+        shutil.copy(volumes / name, tmp_path / name)
+    shown = section(page.write(tmp_path).read_text(), "volumes")
+    assert "site-2 20 – – 20 9" in shown
+    assert "No segmentation score yet" in shown
+    assert "No fusion score yet" in shown
+    assert "Pictures" not in shown
+
+
+def test_pictures_are_on_the_page_only_from_the_run_folder_and_are_said_to_be_the_sites_own(volumes_text):
+    sources = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', volumes_text)
+    shown = {(alt.rpartition(", ")[2], b64decode(content)[len(PNG) :]) for alt, content in sources}
+    assert shown == {("site-1", b"one"), ("site-1", b"two"), ("site-2", b"four")}
+    assert volumes_text.count("<img") == len(sources) == 3
+    assert "img-src data:" in volumes_text
+    part = section(volumes_text, "volumes")
+    assert "no picture was sent. They are on this page only because this machine holds all sites" in part
+    assert "site-2, arm local-site-2" in part
+    assert "sites/pictures/site-1/federated/field.png" in section(volumes_text, "provenance")
+
+
+def test_the_page_with_pictures_fetches_nothing(volumes_text):
+    assert not re.search(r"https?:|@import|<script|<link|<iframe", volumes_text, re.IGNORECASE)
+    assert all(
+        found.startswith("data:image/png;base64,") for found in re.findall(r'\ssrc\s*=\s*"([^"]*)"', volumes_text)
+    )
+
+
+def test_hostile_names_of_folders_and_modalities_stay_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("medfl.report.figures._svg", lambda figure, title: "<svg></svg>")
+    hostile = HOSTILE.replace("/", "")
+    folder = write_volumes(tmp_path / "study", pictures={f"{hostile}/federated/fusion.png": PNG})
+    tree = json.loads((folder / "sites.json").read_text())
+    tree["sites"][0]["modalities"] = {HOSTILE: 3}
+    (folder / "sites.json").write_text(json.dumps(tree))
+    text = page.write(folder).read_text()
+    assert "<script" not in text
+    assert hostile in section(text, "volumes")
+    assert HOSTILE in section(text, "volumes")
+
+
+def test_new_phases_are_marked_in_the_losses_and_are_no_incidents(volumes, volumes_text):
+    run = read_run(volumes)
+    assert panels.phases(run, "federated") == tuple((at, name) for name, at in PHASES.items())
+    total = panels.losses(run)[0]
+    assert "features from round 1, fusion from round 3, segmentation from round 5" in total.note
+    assert [drawn.svg.count("stroke-dasharray") for drawn in total.figures] == [2, 2, 2]
+    assert ">fusion<" in total.figures[0].svg
+    assert ">segmentation<" not in total.figures[0].svg  # there is no room over its one round
+    assert "phase" not in section(volumes_text, "refusals")
+    assert not any("Dashed" in part.note for part in panels.losses(run)[1:])
+
+
+def test_limits_fit_what_was_measured(text, volumes_text):
+    assert "There is no true fused image" in section(volumes_text, "limits")
+    assert "small probe" not in section(volumes_text, "limits")
+    assert "small probe" in section(text, "limits")
+    assert "true fused image" not in section(text, "limits")

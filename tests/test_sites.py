@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from medfl import config
 from medfl.data import scanner
+from medfl.data.brain import Brain
 from medfl.data.calibration import calibration, statistics
 from medfl.data.phantom import Phantom
-from medfl.data.sample import Records, SiteData
+from medfl.data.sample import UNLABELLED, Records, SiteData, present
 from medfl.data.sites import Sites, describe, pool
 from medfl.errors import ConfigError, DataError
 from tests.shared_data import shared
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PRESETS = sorted(path.stem for path in (CONFIGS / "sites").glob("*.yaml"))
+PRESETS = sorted({path.stem for path in (CONFIGS / "sites").glob("*.yaml")} - {"modalities"})  # that has its own tests
 
 
 def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
@@ -249,6 +250,68 @@ def test_a_sites_scanner_depends_on_no_other_site(records: Records) -> None:
     ):
         assert (site.name, site.profile) == (same.name, same.profile)
         torch.testing.assert_close(site.train.images, same.train.images, rtol=0, atol=1e-5)
+
+
+# modalities
+
+
+@pytest.fixture(scope="module")
+def heads() -> Records:
+    return Brain(**node("data", "brain", seed=0, size=16, count=240, unlabelled=0.5)).load()
+
+
+def test_every_site_keeps_its_own_modalities_and_says_so(heads: Records) -> None:
+    scheme, lists = preset("modalities", held_out="U"), preset("modalities").modalities
+    assert lists is not None
+    sites = scheme.partition(heads, seed=0)
+    assert len(sites) == 5
+    whole = dict(zip(heads.patients, heads.images, strict=True))
+    for number, site in enumerate(sites):
+        kept = [name in lists[number % 4] for name in heads.modalities]
+        assert site.modalities == heads.modalities
+        for split in (site.train, site.val, site.test):
+            assert torch.equal(present(split.images), torch.tensor(kept).expand(len(split), 4))
+            for patient, image in zip(split.patients, split.images, strict=True):
+                assert torch.equal(image[kept], whole[patient][kept])
+    assert bool(present(heads.images).all())  # the records are as they were
+    central = pool(sites)
+    assert central.modalities == heads.modalities
+    rows = describe(sites, calibration(sites, 0))["sites"]
+    assert rows[1]["modalities"] == {"flair": rows[1]["train"], "t1ce": 0, "t1": 0, "t2": rows[1]["train"]}
+    masks = sites[1].train.masks
+    assert masks is not None
+    assert rows[1]["labelled"] == sum(not bool((mask == UNLABELLED).all()) for mask in masks)
+    assert 0 < rows[1]["labelled"] < rows[1]["train"]
+
+
+def test_images_of_one_contrast_have_no_row_of_modalities(records: Records) -> None:
+    sites = preset("iid").partition(records, 0)
+    assert sites[0].modalities == ()
+    assert not {"modalities", "labelled"} & describe(sites, None)["sites"][0].keys()
+
+
+def test_modalities_that_cannot_be_kept_are_refused(heads: Records, records: Records) -> None:
+    with pytest.raises(ConfigError, match=r"sites\.modalities: got 'pd', need names from flair, t1ce, t1, t2"):
+        preset("iid", modalities=[["flair"], ["pd"]]).partition(heads, 0)
+    with pytest.raises(ConfigError, match=r"sites\.modalities: got 'flair', and the data name no modalities"):
+        preset("modalities").partition(records, 0)
+    with pytest.raises(ConfigError, match=r"sites\.severity: got 3, need 0: scanner profiles are for images of one"):
+        preset("hospital").partition(heads, 0)
+    for lists in ([], [[]], [["t1", "t1"]]):
+        with pytest.raises(ConfigError, match=r"sites\.modalities: got .* need lists of names"):
+            preset("iid", modalities=lists)
+    with pytest.raises(ConfigError, match=r"sites\.modalities: got .* need null, as the data name their sites"):
+        preset("natural", modalities=[["t1"]])
+    lacking = heads.images.clone()
+    lacking[:, 2] = 0
+    with pytest.raises(DataError, match=r"site 'site-2': \d+ of \d+ images have none of t1, the modalities that"):
+        preset("iid", modalities=[["flair"], ["t1"]]).partition(replace(heads, images=lacking), 0)
+
+
+@pytest.mark.parametrize("names", [("flair", "t1"), ("flair", "t1ce", "t1", "t1"), ("Flair", "t1ce", "t1", "t2")])
+def test_records_refuse_names_that_do_not_fit_their_channels(heads: Records, names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"got modalities .* for 4 channels, need one name"):
+        replace(heads, modalities=names)
 
 
 # pooled data, calibration, description

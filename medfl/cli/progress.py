@@ -14,6 +14,12 @@ from rich.table import Table
 from medfl.run_folder import Event, RunFolder
 from medfl.study import Study
 
+RESULTS = {  # (protocol, metric) -> what the table at the end is titled
+    ("linear", "auc"): "linear-probe AUC on the frozen encoder",
+    ("segmentation", "dice_wt"): "Dice of the whole tumour",
+    ("fusion", "ssim"): "SSIM of the fused image and its sources",
+}
+
 
 class Progress:
     """The arm that trains, its round and loss, and the time left for all arms, from what rounds took so far."""
@@ -87,32 +93,50 @@ def _minutes(seconds: float) -> str:
 
 
 def sites_table(study: Study, facts: dict[str, Any]) -> Table:
-    """Who takes part, and how different the sites are."""
+    """Who takes part, what each holds, and how different the sites are."""
     shift = facts["calibration"]
     table = Table(title=f"{study.run_dir}", title_justify="left", caption_justify="left", caption=_shift_line(shift))
-    for name in ("site", "train", "val", "test", "classes in training", "scanner"):
+    held = _held(facts["sites"])
+    for name in ("site", "train", "val", "test", *held, "scanner"):
         table.add_column(name, justify="right" if name in ("train", "val", "test") else "left")
-    for site in facts["sites"]:
-        classes = ", ".join(f"{name} {count}" for name, count in site["classes"].items())
-        held = " (held out)" if site["held_out"] else ""
+    for place, site in enumerate(facts["sites"]):
+        name = site["name"] + (" (held out)" if site["held_out"] else "")
         sizes = [str(site[split]) for split in ("train", "val", "test")]
-        table.add_row(site["name"] + held, *sizes, classes or "no labels", site["profile"])
+        table.add_row(name, *sizes, *(column[place] for column in held.values()), site["profile"])
     return table
+
+
+def _held(sites: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """What the training images show, in columns: modalities and masks where there are any, classes else or as well."""
+    columns = {}
+    if any("modalities" in site for site in sites):
+        present = [{name: count for name, count in site["modalities"].items() if count} for site in sites]
+        columns["modalities in training"] = [_counted(names) for names in present]
+        columns["masks"] = [str(site["labelled"]) for site in sites]
+    if not columns or any(site["classes"] for site in sites):
+        columns["classes in training"] = [_counted(site["classes"]) or "no labels" for site in sites]
+    return columns
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _shift_line(shift: dict[str, Any]) -> str:
     words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in shift.items() if isinstance(value, int | float)]
-    return "site shift: " + ", ".join(words)
+    return "site shift: " + ", ".join(words) if words else ""
 
 
 def summary(folder: RunFolder) -> Table | str:
-    """Linear-probe AUC of every arm if there is any, and where everything is."""
-    rows = [r for r in folder.evaluations() if r["protocol"] == "linear" and r["metric"] == "auc"]
+    """The first of `RESULTS` that was measured, for every arm, and where everything is."""
+    written = [row for row in folder.evaluations() if row["value"]]
+    tables = {title: [r for r in written if (r["protocol"], r["metric"]) == key] for key, title in RESULTS.items()}
+    title, rows = next(((title, rows) for title, rows in tables.items() if rows), ("", []))
     if not rows:
         return _files(folder)
     arms = list(dict.fromkeys(_group(row["arm"]) for row in rows))
     sites = list(dict.fromkeys(row["site"] for row in rows))
-    table = Table(title="linear-probe AUC on the frozen encoder (95 % interval)", title_justify="left",
+    table = Table(title=f"{title} (95 % interval)", title_justify="left",
                   caption=_files(folder), caption_justify="left")  # fmt: skip
     for name in ("arm", *sites, "mean"):
         table.add_column(name, justify="left" if name == "arm" else "right")
@@ -125,7 +149,7 @@ def summary(folder: RunFolder) -> Table | str:
 
 
 def _files(folder: RunFolder) -> str:
-    names = ("encoder.safetensors", "evaluation.csv", "transfer.csv", "wire.csv", "report.html")
+    names = ("encoder.safetensors", "evaluation.csv", "transfer.csv", "wire.csv", "report.html", "sites/pictures")
     return f"{folder.path}/ " + "  ".join(name for name in names if (folder.path / name).exists())
 
 

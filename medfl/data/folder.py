@@ -1,9 +1,7 @@
 """A folder of PNG, JPEG, NIfTI or DICOM files with a CSV data list: one row per image."""
 
-import csv
-import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +10,10 @@ import torch
 from torch import Tensor
 
 from medfl.data import volume
+from medfl.data.datalist import Row, cells, read_rows, split_of
 from medfl.data.sample import Records, number, require, whole
 from medfl.data.splits import check_patients
 from medfl.errors import DataError
-
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-SPLIT_WORDS |= {"test": "test", "testing": "test", "": ""}
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,45 +90,20 @@ class Folder:
             DataError: a missing folder, list or column; an image, label or split that cannot be used, by
             name.
         """
-        rows = self._rows()
+        columns = {name: getattr(self, name) for name in ("image", "label", "patient", "site", "split")}
+        rows = read_rows(self._root, self.datalist, columns, one="image")
         rows, images, spacings = self._images(rows)
         labels, classes = read_labels([row[self.label] for row in rows] if self.label else [""] * len(rows))
-        patients = self._column(rows, self.patient, or_else=lambda row: row[self.image])
-        splits = tuple(self._split_of(row) for row in rows)
+        patients = cells(self.datalist, rows, self.patient, or_else=lambda row: row[self.image])
+        splits = tuple(split_of(self.datalist, row, self.split) for row in rows)
         check_patients(patients, splits)
-        sites = self._column(rows, self.site, or_else=None) if self.site else None
+        sites = cells(self.datalist, rows, self.site, or_else=None) if self.site else None
         spacing = tuple(float(mm) for mm in np.median(np.asarray(spacings), axis=0))
         return Records(images, labels, patients, splits, sites, classes, spacing, masks=None)
 
     @property
     def _root(self) -> Path:
         return Path(str(self.root)).expanduser()
-
-    def _rows(self) -> list[Row]:
-        if not self._root.is_dir():
-            raise DataError(f"data.root: {str(self._root)!r} is not a folder. Give the folder that holds the images.")
-        path = self._root / self.datalist
-        if not path.is_file():
-            found = sorted(p.name for p in self._root.glob("*.csv"))
-            raise DataError(
-                f"data.datalist: {str(path)!r} does not exist (CSV there: {', '.join(found) or 'none'}). "
-                f"Write one with a row per image and a column {self.image!r}."
-            )
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
-            self._check_columns(path, list(reader.fieldnames or ()))
-        if not rows:
-            raise DataError(f"{path}: has no rows. Add one per image.")
-        return rows
-
-    def _check_columns(self, path: Path, found: list[str]) -> None:
-        wanted = {name: getattr(self, name) for name in ("image", "label", "patient", "site", "split")}
-        for name, column in wanted.items():
-            if column is None or column in found:
-                continue
-            near = difflib.get_close_matches(str(column), found, n=3, cutoff=0.5) or found
-            raise DataError(f"{path}: has no column {column!r}. Set data.{name} to one of: {', '.join(near)}.")
 
     def _images(self, rows: list[Row]) -> tuple[list[Row], Tensor, list[tuple[float, ...]]]:
         kept, images, spacings, refused = [], [], [], []
@@ -176,21 +145,6 @@ class Folder:
             steps = tuple(self.spacing / mm for mm in spacing)
         grid = tuple(step * mm for step, mm in zip(steps, spacing, strict=True))
         return volume.to_grid(image, self.size, steps).clamp(-1, 1), grid
-
-    def _column(self, rows: list[Row], column: str | None, or_else: Callable[[Row], str] | None) -> tuple[str, ...]:
-        """The values of a column; an empty one is taken from `or_else`, or refused when that is None."""
-        values = [(row[column] if column else "") or (or_else(row) if or_else else "") for row in rows]
-        if empty := sum(not value for value in values):
-            raise DataError(f"{self.datalist}: column {column!r} is empty in {empty} of {len(rows)} rows. Fill it.")
-        return tuple(values)
-
-    def _split_of(self, row: Row) -> str:
-        word = row[self.split].lower() if self.split else ""
-        if word not in SPLIT_WORDS:
-            raise DataError(
-                f"{self.datalist}: column {self.split!r} holds {word!r}. Use train, val, test or leave it empty."
-            )
-        return SPLIT_WORDS[word]
 
 
 def read_labels(cells: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """What a data set is before and after it is divided among sites: plain containers, one tensor per split."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 from medfl.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
+UNLABELLED = 255  # in every voxel of a mask that nobody has drawn
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,19 @@ class Records:
     """One data set in memory, before it is divided into sites. N images on one grid.
 
     Attributes:
-        images: (N, C, *S) float32, nominally in [-1, 1]; S = (H, W) or (D, H, W).
+        images: (N, C, *S) float32, nominally in [-1, 1]; S = (H, W) or (D, H, W). With `modalities` in [0, 1],
+            background exactly 0: a modality that a subject lacks is a channel of zeros, and no other is.
         labels: (N,) int64 index into `classes`; -1 = unknown.
         patients: (N,) ids; they never leave the site.
         splits: (N,) "train" | "val" | "test", or "" = still to be assigned, by patient.
         sites: (N,) names of natural sites, or None.
         classes: at least two names, or () when there are no labels.
         spacing: mm along each axis of the grid.
-        masks: (N, *S) uint8, or None.
+        masks: (N, *S) uint8, or None. `UNLABELLED` in every voxel: not known for this image.
+        modalities: the contrast in each channel, such as ("flair", "t1"), or () where channels are not contrasts.
 
     Raises:
-        ValueError: lengths, shapes or types that contradict each other.
+        ValueError: lengths, shapes, types or names that contradict each other.
     """
 
     images: Tensor
@@ -38,6 +42,7 @@ class Records:
     classes: tuple[str, ...]
     spacing: tuple[float, ...]
     masks: Tensor | None
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count, grid = len(self.images), tuple(self.images.shape[2:])
@@ -52,6 +57,11 @@ class Records:
             raise ValueError(f"records: got masks {tuple(self.masks.shape)}, need {(count, *grid)}.")
         if strange := set(self.splits) - {*SPLITS, ""}:
             raise ValueError(f"records: got split {sorted(strange)[0]!r}, need one of {', '.join(SPLITS)}.")
+        if self.modalities and not (named(self.modalities) and len(self.modalities) == self.images.shape[1]):
+            raise ValueError(
+                f"records: got modalities {self.modalities} for {self.images.shape[1]} channels, "
+                "need one name of a-z, 0-9 and _ for each, all different."
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,7 +82,10 @@ class Split:
 
 @dataclass(frozen=True)
 class SiteData:
-    """Everything that one site holds. `held_out`: the site is evaluated, but never trains."""
+    """Everything that one site holds. `held_out`: the site is evaluated, but never trains.
+
+    `modalities` as in `Records`: the names of all channels, whatever this site has of them.
+    """
 
     name: str
     train: Split
@@ -82,6 +95,7 @@ class SiteData:
     spacing: tuple[float, ...]
     profile: str
     held_out: bool
+    modalities: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -121,6 +135,17 @@ def join(splits: Sequence[Split]) -> Split:
 def with_images(split: Split, images: Tensor) -> Split:
     """The same split with other pixels."""
     return replace(split, images=images)
+
+
+def present(images: Tensor) -> Tensor:
+    """Which modalities each image has, (B, M) bool, of images (B, M, *S): a missing one is 0 in every voxel."""
+    return images.flatten(2).ne(0).any(2)
+
+
+def named(modalities: Sequence[str]) -> bool:
+    """Whether these can be names of modalities: all different, of lower-case letters, digits and _."""
+    plain = all(isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+", name) for name in modalities)
+    return plain and len(set(modalities)) == len(modalities)
 
 
 def require(where: str, limits: Mapping[str, tuple[object, bool, str]]) -> None:

@@ -10,7 +10,21 @@ from typing import Any
 from medfl.data import scanner
 from medfl.data.allocation import Minima, allocate, shares, sizes
 from medfl.data.calibration import Calibration
-from medfl.data.sample import SPLITS, Records, SiteData, Split, choose, join, number, require, whole, with_images
+from medfl.data.sample import (
+    SPLITS,
+    UNLABELLED,
+    Records,
+    SiteData,
+    Split,
+    choose,
+    join,
+    named,
+    number,
+    present,
+    require,
+    whole,
+    with_images,
+)
 from medfl.data.splits import assign, check_patients, label_of_patient
 from medfl.errors import ConfigError, DataError
 from medfl.seeding import key
@@ -34,6 +48,8 @@ class Sites:
             null: none.
         min_images: least training images of a site.
         min_class: least patients of each class per site and split, where the data have enough.
+        modalities: simulated: lists of names, given to the sites in turn: all that a site has of each scan; null:
+            everything.
 
     Raises:
         ConfigError: a setting that cannot be used, or two that exclude each other.
@@ -49,11 +65,14 @@ class Sites:
     held_out: str | None
     min_images: int
     min_class: int
+    modalities: Sequence[Sequence[str]] | None
 
     def __post_init__(self) -> None:
         count_ok = self.count is None if self.natural else whole(self.count)
         law_ok = self.quantity in (None, "lognormal", "power") and not (self.natural and self.quantity)
         alpha_ok = self.alpha is None or (number(self.alpha, 1e-6) and not self.natural)
+        lists = self.modalities
+        lists_ok = lists is None or (not self.natural and bool(lists) and all(one and named(one) for one in lists))
         simulated = "null, as the data name their sites" if self.natural else ""
         require(
             "sites",
@@ -66,6 +85,7 @@ class Sites:
                 "profiles": (self.profiles, len(self.profiles) > 0, "a list of letters such as [A, B]"),
                 "min_images": (self.min_images, whole(self.min_images), "an integer of at least 1"),
                 "min_class": (self.min_class, whole(self.min_class, 0), "an integer of at least 0"),
+                "modalities": (lists, lists_ok, simulated or "lists of names such as [[flair, t2], [t1]], or null"),
             },
         )
 
@@ -76,16 +96,16 @@ class Sites:
 
         Raises:
             DataError: too few images or patients, no natural sites, or patients in several splits.
-            ConfigError: a scanner profile or a held-out site that these data do not have.
+            ConfigError: a scanner profile, a modality or a held-out site that these data do not have.
         """
+        self._check_modalities(records.modalities)
         check_patients(records.patients, records.splits)
         if self.natural:
             self._check_natural(records)
         labels = label_of_patient(records.patients, records.labels.tolist())
         splits = _complete_splits(records, labels, seed, by_site=self.natural)
         _check_splits(splits)
-        named = records.sites if self.natural else None
-        places = named or self._simulated(records, labels, splits, seed)
+        places = (records.sites if self.natural else None) or self._simulated(records, labels, splits, seed)
         samples = sample_keys(records.patients)
         rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
         for row, (place, split) in enumerate(zip(places, splits, strict=True)):
@@ -97,6 +117,16 @@ class Sites:
     @property
     def _all_sites(self) -> int:
         return int(self.count or 0) + (self.held_out is not None)
+
+    def _check_modalities(self, known: Sequence[str]) -> None:
+        if known and self.severity:
+            raise ConfigError(
+                f"sites.severity: got {self.severity}, need 0: scanner profiles are for images of one contrast, "
+                f"and these data have {', '.join(known)}. Choose sites=iid or sites=modalities."
+            )
+        if strange := [name for one in self.modalities or () for name in one if name not in known]:
+            need = f"need names from {', '.join(known)}" if known else "and the data name no modalities"
+            raise ConfigError(f"sites.modalities: got {strange[0]!r}, {need}. Change it, or set it to null.")
 
     def _check_natural(self, records: Records) -> None:
         if records.sites is None:
@@ -154,6 +184,8 @@ class Sites:
 
         def split(which: str) -> Split:
             part = choose(records, rows[which])
+            if self.modalities is not None:
+                return _keep(part, self._modalities(name), records.modalities, name)
             if profile == NATURAL:
                 return part
             keys = [samples[row] for row in rows[which]]
@@ -171,7 +203,28 @@ class Sites:
             spacing=records.spacing,
             profile=profile,
             held_out=held_out,
+            modalities=records.modalities,
         )
+
+    def _modalities(self, name: str) -> Sequence[str]:
+        lists = self.modalities or ()
+        return lists[(int(name.removeprefix("site-")) - 1) % len(lists)]
+
+
+def _keep(part: Split, kept: Sequence[str], known: Sequence[str], site: str) -> Split:
+    """The split with the other modalities zeroed.
+
+    Raises:
+        DataError: an image of which nothing is left.
+    """
+    images = part.images.clone()
+    images[:, [name not in kept for name in known]] = 0
+    if empty := int((~present(images).any(1)).sum()):
+        raise DataError(
+            f"site {site!r}: {empty} of {len(images)} images have none of {', '.join(kept)}, the modalities that "
+            "sites.modalities leaves this site. Add a name to its list, or leave such subjects out of the data."
+        )
+    return with_images(part, images)
 
 
 def sample_keys(patients: Sequence[str]) -> list[int]:
@@ -217,6 +270,7 @@ def pool(sites: Sequence[SiteData]) -> SiteData:
         spacing=members[0].spacing,
         profile="+".join(sorted({site.profile for site in members})),
         held_out=False,
+        modalities=members[0].modalities,
     )
 
 
@@ -229,7 +283,16 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
             "classes": {name: int((site.train.labels == i).sum()) for i, name in enumerate(site.classes)},
             "profile": scanner.title(site.profile, len(site.spacing)),
             "held_out": site.held_out,
+            **(_holdings(site) if site.modalities else {}),
         }
         for site in sites
     ]
     return {"sites": rows, "calibration": asdict(calibration) if calibration else {}}
+
+
+def _holdings(site: SiteData) -> dict[str, Any]:
+    """How many training images have each modality, and how many a known mask."""
+    counts = present(site.train.images).sum(0).tolist()
+    masks = site.train.masks
+    known = 0 if masks is None else int((masks != UNLABELLED).flatten(1).any(1).sum())
+    return {"modalities": dict(zip(site.modalities, counts, strict=True)), "labelled": known}

@@ -1,6 +1,7 @@
 """Frozen-encoder evaluation at one site: features, probes, scores. Labels and features stay; named numbers leave."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,59 @@ from medfl.errors import ConfigError
 from medfl.evaluation.knn import knn
 from medfl.evaluation.probe import Features, Scores, linear_probe
 from medfl.evaluation.statistics import Interval, measure
+from medfl.evaluation.volumes import Table, fusion, segmentation
 from medfl.methods.base import Method
 from medfl.study import Evaluation
 
+VOLUMES = {"fusion": "fuse", "segmentation": "segment"}  # protocol -> what the encoder must be able to do
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
 
 
 def probe(method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int) -> dict[str, float]:
     """Every protocol's metrics as {"linear/auc/value": …, "linear/auc/low": …}; what is undefined is left out.
 
+    The protocol "fusion" gives "average" too, the same metrics of the plain mean of the modalities.
+
     Args:
         method: in eval mode; only `classifier` looks at more than its encoder.
         seed: of the resamples; together with the site's name it pairs all arms at this site.
+
+    Raises:
+        ConfigError: a protocol that this method cannot take part in.
     """
-    if not data.classes:
+    draw = seeding.key(seed, "bootstrap", data.name)
+    tables: dict[str, Mapping[str, Interval]] = {}
+    for protocol in [name for name in plan.protocols if name in VOLUMES]:
+        scored = _volumes(protocol, method.encoder, data, plan, device)
+        tables |= {name: table.averages(resamples=plan.resamples, seed=draw) for name, table in scored.items()}
+    for protocol, scores in _classes(method, data, plan, device, seed=seed).items():
+        tables[protocol] = measure(
+            scores.probabilities, scores.labels, scores.patients, resamples=plan.resamples, seed=draw
+        )
+    return {name: value for protocol, table in tables.items() for name, value in _named(protocol, table).items()}
+
+
+def _volumes(protocol: str, net: Any, data: SiteData, plan: Evaluation, device: torch.device) -> dict[str, Table]:
+    """The scores of each fused or segmented test image.
+
+    Raises:
+        ConfigError: the encoder does not fuse or segment.
+    """
+    task = VOLUMES[protocol]
+    if not hasattr(net, task):
+        raise ConfigError(
+            f"evaluation.protocols has {protocol!r}, but this method's encoder cannot {task} images. "
+            "Take [linear, knn], or method=nslf."
+        )
+    if protocol == "fusion":
+        return fusion(net, data.test, plan, device)
+    return {protocol: segmentation(net, data.test, plan, device, spacing=data.spacing)}
+
+
+def _classes(method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int) -> dict[str, Scores]:
+    """The class probabilities of the test split by each protocol that gives some; {} where there are no classes."""
+    asked = [protocol for protocol in plan.protocols if protocol not in VOLUMES]
+    if not asked or not data.classes:
         return {}
     classes = len(data.classes)
     train, val, test = (
@@ -35,13 +75,7 @@ def probe(method: Method, data: SiteData, plan: Evaluation, device: torch.device
         "knn": lambda: knn(train, test, classes=classes, neighbors=plan.neighbours, temperature=TEMPERATURE),
         "classifier": lambda: _classified(method, data, device, plan.batch_size),
     }
-    metrics: dict[str, float] = {}
-    for protocol in plan.protocols:
-        scores = protocols[protocol]()
-        draw = seeding.key(seed, "bootstrap", data.name)
-        table = measure(scores.probabilities, scores.labels, scores.patients, resamples=plan.resamples, seed=draw)
-        metrics |= _named(protocol, table)
-    return metrics
+    return {protocol: protocols[protocol]() for protocol in asked}
 
 
 def _named(protocol: str, table: Mapping[str, Interval]) -> dict[str, float]:

@@ -42,9 +42,11 @@ class Method(nn.Module):
     """A method defines `encoder`, `claims`, `labelled` and `forward`; the rest has a default.
 
     Attributes:
-        phases: names of its phases, in order.
+        phases: name of each of its phases, in order -> share of the rounds.
+        needs: phase -> the owner group that a site must hold to take part in it; none: every site does.
         claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
         labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
+        segments: True if `forward` takes `masks`, (B, *S) uint8, cropped like the views.
         views: how many views `forward` takes.
         by_patient: True if `forward` takes a last `patients`, None or (B,) int64: equal for images of one patient.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
@@ -52,9 +54,11 @@ class Method(nn.Module):
         target_mode: what rounds.target=auto means for it.
     """
 
-    phases: ClassVar[tuple[str, ...]] = ("pretrain",)
+    phases: Mapping[str, float] = {"pretrain": 1.0}
+    needs: Mapping[str, str] = {}
     claims: Mapping[str, Claim]
     labelled: bool = False
+    segments: bool = False
     views: int = 2
     by_patient: bool = False
     encoder: nn.Module
@@ -71,6 +75,22 @@ class Method(nn.Module):
         Returns scalars by name: "total" carries the gradient, all others are detached terms and monitors.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(views, progress, labels).")
+
+    def enter(self, phase: str) -> None:
+        """From here on `forward` and `trainable` are those of this phase."""
+
+    def start_phase(self, phase: str) -> None:
+        """Change the global weights once, on the server, before the first round of a phase."""
+
+    def holdings(self, images: Tensor, masks: Tensor | None) -> dict[str, int]:
+        """Owner group of `claims` -> how many of a site's training images (N, C, *S) can teach it; 0 is left out."""
+        del images, masks
+        return {}
+
+    def rate(self, name: str) -> float:
+        """Factor of the learning rate of a parameter, in this phase."""
+        del name
+        return 1.0
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step: moving averages, queues."""

@@ -22,6 +22,7 @@ INKS = {"ink": "#01010a", "muted": "#01010b", "line": "#01010c", "paper": "#0101
 INKS |= {f"s{n}": f"#02020{n}" for n in range(1, 9)}
 WIDTH, HEIGHT, TEXT = 340, 224, 11.5  # units of the SVG, one per CSS pixel at its natural size
 LABEL = 12  # characters of a direct label
+LETTER = 5.6  # width of a small letter
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over the rounds of one quantity. `limits` are shared where panels are compared."""
+    """Lines over the rounds of one quantity. `limits` are shared where panels are compared.
+
+    `marks` are (round, name) of what begins at a round, drawn as a line before it.
+    """
 
     title: str
     unit: str
     series: tuple[Series, ...]
     limits: tuple[float, float] | None = None
+    marks: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def curves(panel: Panel) -> str:
         if panel.limits:
             axes.set_ylim(*panel.limits)
         _integer_rounds(axes, panel.series)
+        _mark_starts(axes, panel.marks)
         axes.set_xlabel("round", color=INKS["muted"])
         axes.text(0, 1.03, panel.unit, transform=axes.transAxes, size=TEXT - 1, color=INKS["muted"])
         axes.grid(axis="y", color=INKS["line"], lw=0.7)
@@ -177,6 +183,20 @@ def _integer_rounds(axes: "Axes", lines: Sequence[Series]) -> None:
     step = math.ceil(max(rounds[-1] - rounds[0], 1) / 8)
     axes.set_xticks(range(rounds[0], rounds[-1] + 1, step))
     axes.set_xlim(rounds[0] - 0.05 * step, rounds[-1] + 0.05 * step)
+
+
+def _mark_starts(axes: "Axes", marks: Sequence[tuple[int, str]]) -> None:
+    """A dashed line before each start inside the panel, and the names that fit above their part of it."""
+    low, high = axes.get_xlim()
+    width = (high - low) / (0.635 * WIDTH)  # rounds per unit of the SVG
+    ends = [at - 0.5 for at, _ in marks[1:]] + [high]
+    for (at, name), end in zip(marks, ends, strict=False):
+        begin = max(low, at - 0.5)
+        if begin > low:
+            axes.axvline(begin, color=INKS["muted"], lw=0.8, ls=(0, (3, 3)))
+        if (min(end, high) - begin) / width > LETTER * len(name):
+            axes.text(begin + 2 * width, 1.03, name, transform=axes.get_xaxis_transform(), size=TEXT - 2,
+                      color=INKS["muted"])  # fmt: skip
 
 
 def _canvas(height: float) -> tuple["Figure", "Axes"]:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from medfl.files import write_bytes
-from medfl.report import codebooks, panels, remarks, scores, sections
+from medfl.report import codebooks, panels, remarks, scores, sections, volumes
 from medfl.report.style import STYLE
-from medfl.report.summary import compare_arms
+from medfl.report.summary import headline
 from medfl.report.tables import Run, read_run
 from medfl.report.template import CONTENTS, PAGE
 
@@ -27,8 +27,12 @@ def render(run: Run) -> str:
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
-    main = compare_arms(run, "linear", "auc")
-    some = {"codebooks": codebooks.section(run), "remarks": remarks.section(run)}  # {} where nothing is recorded
+    main = headline(run)
+    some = {  # {} where nothing is recorded
+        "volumes": volumes.section(run),
+        "codebooks": codebooks.section(run),
+        "remarks": remarks.section(run),
+    }
     return template.render(
         name=run.name,
         style=STYLE,

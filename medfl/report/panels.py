@@ -8,6 +8,7 @@ from medfl.report.figures import Panel, Series, curves, limits_of
 from medfl.report.tables import Run, ordered_sites
 
 GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
+PHASE = "phase"  # of the events; the reason is the phase's name
 POINTS = 1600  # of one panel; longer runs are drawn with every k-th round
 COLOURS = 8  # lines that can be told apart; with more sites they are all grey
 MONITORS = {  # event -> (heading, unit, how to read it)
@@ -69,10 +70,18 @@ def losses(run: Run) -> list[Gallery]:
     """One gallery per loss term, `total` first; one figure per kind of arm."""
     names = {name.removeprefix("loss/") for name, _, _ in run.lines if name.startswith("loss/")}
     order = sorted(names, key=lambda name: (name != "total", name))
+    note = _phase_words(run)
     found = [
-        _gallery(run, f"loss/{name}", "Loss" if name == "total" else name.replace("_", " "), "", "") for name in order
+        _gallery(run, f"loss/{name}", "Loss" if name == "total" else name.replace("_", " "), "", note * (not index))
+        for index, name in enumerate(order)
     ]
     return [gallery for gallery in found if gallery.figures]
+
+
+def phases(run: Run, kind: str) -> tuple[tuple[int, str], ...]:
+    """First round and name of each phase in arms of this kind; nothing where all training is one phase."""
+    told = {(e.round, e.reason) for e in run.events if e.name == PHASE and e.arm.partition(":")[0] == kind}
+    return tuple(sorted(told))
 
 
 def monitors(run: Run) -> list[Gallery]:
@@ -161,8 +170,16 @@ def _gallery(run: Run, name: str, heading: str, unit: str, note: str) -> Gallery
         limits = min(0.0, limits[0]), limits[1]
     skipped = max((_step(lines) for lines in groups.values()), default=1)
     thin = f" At least every {skipped}th round is drawn." if skipped > 1 else ""
-    drawn = tuple(draw(Panel(title, unit, thinned(lines), limits)) for title, lines in groups.items())
+    marks = {GROUPS[kind]: phases(run, kind) if name.startswith("loss/") else () for kind in kinds}
+    drawn = tuple(draw(Panel(title, unit, thinned(lines), limits, marks[title])) for title, lines in groups.items())
     return Gallery(heading, f"{note}{thin}", drawn)
+
+
+def _phase_words(run: Run) -> str:
+    begun = max((phases(run, kind) for kind in GROUPS), key=len)
+    listed = ", ".join(f"{name} from round {at}" for at, name in begun)
+    text = f"Dashed: a new phase ({listed}). Each phase has its own loss; levels compare within one phase only."
+    return text if begun else ""
 
 
 def _series(run: Run, name: str, kind: str) -> tuple[Series, ...]:

@@ -67,7 +67,10 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One site of sites.json: images per split, and images per class of the training split."""
+    """One site of sites.json: images per split, and images per class of the training split.
+
+    Of images of several modalities also: training images that have each, and training images with a mask.
+    """
 
     name: str
     train: int
@@ -76,6 +79,8 @@ class Site:
     classes: Mapping[str, int]
     profile: str
     held_out: bool
+    modalities: Mapping[str, int]
+    labelled: int
 
 
 def event(line: str) -> Event:
@@ -132,10 +137,16 @@ def site(node: Mapping[str, Any]) -> Site:
         train=int(node["train"]),
         val=int(node["val"]),
         test=int(node["test"]),
-        classes={str(name): int(count) for name, count in (node.get("classes") or {}).items()},
+        classes=_counts(node, "classes"),
         profile=str(node.get("profile") or ""),
         held_out=bool(node.get("held_out")),
+        modalities=_counts(node, "modalities"),
+        labelled=int(node.get("labelled") or 0),
     )
+
+
+def _counts(node: Mapping[str, Any], key: str) -> dict[str, int]:
+    return {str(name): int(count) for name, count in (node.get(key) or {}).items()}
 
 
 def _filled(row: Mapping[str, str], name: str) -> str:

@@ -15,26 +15,32 @@ TITLES = {"random": "Untrained", "local": "Alone", "federated": "Federated", "ce
 NONE = "–"
 DARK = 65  # per cent of the heat scale from which light text reads better than dark
 COUNTS = ("n_test", "constant_accuracy")  # not scores of an arm
+REFERENCE = "average"  # protocol: the mean of the sources in the place of the fused image
+VOLUMES = ("fusion", REFERENCE, "segmentation")  # protocols with a section of their own
 Section = dict[str, Any]
 
 
 def arms(run: Run, main: Comparison) -> Section:
     """AUC by site and arm with intervals, all scores as means, accuracy beside the constant predictor."""
-    tested = {s.site: f"{s.value:.0f}" for s in run.scores if s.metric == "n_test" and s.value is not None}
+    tested = {
+        s.site: f"{s.value:.0f}"
+        for s in run.scores
+        if (s.protocol, s.metric) == (main.protocol, "n_test") and s.value is not None
+    }
     rows = [_site_row(main, site, tested) for site in (*main.compared, *main.left_out, *main.unseen)]
     means = [main.mean(arm) for arm in main.arms]
     gain = _mean_gain(main)
     return {
         "arms": [TITLES[arm] for arm in main.arms],
         "rows": rows,
-        "mean": [_cell(known) for known in means] if main.compared else [],
-        "mean_gain": _cell(gain, signed=True) if gain else None,
+        "mean": [cell(known) for known in means] if main.compared else [],
+        "mean_gain": cell(gain, SIGNED) if gain else None,
         "over": len(main.compared),
         "figures": _dots(main),
         "titles": list(TITLES.values()),
         "others": _others(run),
         "accuracy": _accuracy(run),
-        "metric": summary.name_of(main).capitalize().replace("auc", "AUC"),
+        "metric": summary.name_of(main)[:1].upper() + summary.name_of(main)[1:],
     }
 
 
@@ -57,13 +63,21 @@ def transfer(run: Run) -> Section:
     return {"columns": columns, "rows": rows, "facts": _transfer_facts(cells, columns)}
 
 
+def cell(known: Estimate | None, form: str = ".3f") -> Section:
+    """A number and its interval as text; the sign counts for differences."""
+    if known is None:
+        return {"value": NONE, "interval": ""}
+    sign = known.sign if form == SIGNED else 0
+    return {"value": number(known.value, form), "interval": bounds(known, form), "sign": sign}
+
+
 def _site_row(main: Comparison, site: str, tested: Mapping[str, str]) -> Section:
     benefit = main.benefit(site)
     return {
         "name": site,
         "test": tested.get(site, NONE),
-        "cells": [_cell(main.cells.get((arm, site))) for arm in main.arms],
-        "gain": _cell(benefit, signed=True) if benefit else None,
+        "cells": [cell(main.cells.get((arm, site))) for arm in main.arms],
+        "gain": cell(benefit, SIGNED) if benefit else None,
         "note": "unseen" if site in main.unseen else "in no mean" if site in main.left_out else "",
     }
 
@@ -98,8 +112,8 @@ def _dot(arm: str, known: Estimate | None) -> Dot:
 
 
 def _others(run: Run) -> list[Section]:
-    """Every protocol and metric as means over the sites."""
-    pairs = {(s.protocol, s.metric) for s in run.scores} - {(s.protocol, m) for s in run.scores for m in COUNTS}
+    """Every protocol and metric but those of volumes, as means over the sites."""
+    pairs = {(s.protocol, s.metric) for s in run.scores if s.metric not in COUNTS and s.protocol not in VOLUMES}
     found = []
     for protocol, metric in sorted(pairs, key=lambda pair: (pair[0] != "linear", pair)):
         scores = summary.compare_arms(run, protocol, metric)
@@ -162,11 +176,3 @@ def _transfer_facts(cells: Mapping[tuple[str, str], Transfer], columns: Sequence
         worst = min(federated, key=lambda site: federated[site])
         facts.append(("Worst site of the federated encoder", f"{worst}, {federated[worst]:.3f}"))
     return facts
-
-
-def _cell(known: Estimate | None, *, signed: bool = False) -> Section:
-    if known is None:
-        return {"value": NONE, "interval": ""}
-    form = SIGNED if signed else ".3f"
-    sign = known.sign if signed else 0
-    return {"value": number(known.value, form), "interval": bounds(known, form), "sign": sign}

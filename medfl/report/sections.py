@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medfl.report import codebooks, panels, remarks, summary, wire
+from medfl.report import codebooks, panels, remarks, scores, summary, wire
 from medfl.report.scores import NONE, TITLES, Section
 from medfl.report.summary import Comparison, Estimate, bounds
 from medfl.report.tables import FILES, Run, ordered_sites
@@ -16,6 +16,7 @@ CALIBRATION = {
     "label_variation": "Distance of a site's label mix from the pooled one",
     "effective_sites": "Effective number of sites, by size",
 }
+DRAWN = ("medfl.data.phantom.", "medfl.data.brain.")  # data that a program makes up
 LIMITS = {
     "seed": "One run with one seed. The intervals cover the drawing of test patients only; another seed, "
     "split or choice of sites can move the results by more.",
@@ -23,6 +24,9 @@ LIMITS = {
     "simulated": "The sites are simulated from one data set. Real hospitals differ in more ways than these.",
     "independent": "Intervals of means and differences treat the cells as independent. Arms share their test "
     "patients, so the differences are known somewhat better than stated.",
+    "segmentation": "Segmentation is scored where there are masks, by the network as it was trained.",
+    "fusion": "There is no true fused image. Fusion scores say what of the sources it keeps, not whether it is better "
+    "to read.",
     "frozen": "The scores are of a frozen encoder with a small probe, trained on each site's own labels. "
     "They are not the performance of a fine-tuned model.",
     "central": "Central training is a reference, not a bound: federated training may pass it.",
@@ -104,7 +108,7 @@ def crossed(run: Run) -> Section:
 
 def refusals(run: Run) -> Section:
     """Replies that did not count and other incidents, with reasons, and how many sites each round had."""
-    rows = [e for e in run.events if e.name == "refused" or (e.reason and e.name != remarks.NAME)]
+    rows = [e for e in run.events if e.name == "refused" or (e.reason and e.name not in (remarks.NAME, panels.PHASE))]
     counts = [
         f"{value:.0f}"
         for (name, arm, _), line in run.lines.items()
@@ -133,14 +137,18 @@ def provenance(run: Run) -> Section:
 
 def limits(run: Run, main: Comparison) -> list[str]:
     """What the numbers on this page do not say."""
+    measured = {score.protocol for score in run.scores}
     few = [site for site in main.compared if _wide(main.cells.get(("federated", site)))]
     found = {
         LIMITS["seed"]: True,
         f"Few test images: the interval is wider than 0.2 at {', '.join(few)}.": bool(few),
-        LIMITS["drawn"]: "phantom" in str(_node(run, "data").get("_target_", "")),
+        LIMITS["drawn"]: str(_node(run, "data").get("_target_", "")).startswith(DRAWN),
         LIMITS["simulated"]: bool(run.sites),
+        LIMITS["segmentation"]: "segmentation" in measured,
+        LIMITS["fusion"]: "fusion" in measured,
+        LIMITS["frozen"]: not measured or bool(measured - {*scores.VOLUMES}),
     }
-    always = [text for name, text in LIMITS.items() if name not in ("seed", "drawn", "simulated")]
+    always = [text for text in LIMITS.values() if text not in found]
     return [text for text, holds in found.items() if holds] + always
 
 

@@ -84,6 +84,8 @@ figcaption { font-size: 0.88rem; font-weight: 600; margin-bottom: 2px; overflow-
 figure .note { font-size: 0.84rem; margin: 2px 0 0; max-width: 48ch; }
 svg { display: block; width: 100%; height: auto; max-width: 440px; font-family: var(--sans);
   stroke-linejoin: round; }
+figure.picture { margin: 14px 0; }
+figure.picture img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 table.heat td { min-width: 84px; text-align: center; border: 3px solid var(--paper); padding: 9px 10px;
   border-radius: 6px; }
 table.heat th { border: 0; vertical-align: middle; }
@@ -107,7 +109,9 @@ ul.limits li { margin: 5px 0; max-width: 84ch; }
   td small { white-space: normal; font-size: 0.7rem; min-width: 46px; }
   .tag { display: table; padding: 0 4px; font-size: 0.62rem; }
   tbody th { position: sticky; left: 0; background: var(--paper); max-width: 9em; }
-  table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
+  figure.picture { margin: 14px 0; }
+figure.picture img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
+table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
 @media print { nav { display: none; } body { font-size: 11px; } main { max-width: none; padding: 0; }
   section { margin-top: 22px; padding-top: 10px; } .grid { grid-template-columns: repeat(3, 1fr); }
   tr, figure, .tile, .box { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow:

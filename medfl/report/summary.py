@@ -16,6 +16,13 @@ from medfl.report.tables import Run, ordered_sites
 
 SIGNED = "+.3f"
 INTERVAL = 3.92  # width of a 95 % interval in standard errors
+HEADLINES = (("linear", "auc"), ("segmentation", "dice_wt"), ("fusion", "ssim"))  # the first that was measured
+PROTOCOLS = {"linear": "linear-probe", "knn": "kNN"}
+METRICS = {"auc": "AUC", "dice_wt": "Dice (whole tumour)", "ssim": "SSIM"}
+UNDEFINED = {  # protocol -> an instance of why a site has no value
+    "segmentation": "no mask in its test split",
+    "fusion": "no test image of two modalities",
+}
 ARMS = {
     "random": "an untrained encoder",
     "local": "sites training alone",
@@ -109,8 +116,14 @@ def compare_arms(run: Run, protocol: str, metric: str) -> Comparison:
         arms=arms,
         compared=tuple(site for site, lacking in short.items() if not lacking and arms),
         unseen=tuple(site for site in tested if site in held_out),
-        left_out={site: _why(lacking, arms) for site, lacking in short.items() if lacking or not arms},
+        left_out={site: _why(lacking, arms, protocol) for site, lacking in short.items() if lacking or not arms},
     )
+
+
+def headline(run: Run) -> Comparison:
+    """The comparison behind the result: the first of `HEADLINES` that has a value."""
+    found = [compare_arms(run, protocol, metric) for protocol, metric in HEADLINES]
+    return next((comparison for comparison in found if comparison.cells), found[0])
 
 
 def recovered(comparison: Comparison) -> str:
@@ -163,9 +176,8 @@ def remarks(comparison: Comparison) -> list[str]:
 
 def name_of(comparison: Comparison) -> str:
     """The metric in words, such as "linear-probe AUC"."""
-    protocols = {"linear": "linear-probe", "knn": "kNN", "classifier": "classifier"}
-    metric = "AUC" if comparison.metric == "auc" else comparison.metric.replace("_", " ")
-    return f"{protocols.get(comparison.protocol, comparison.protocol)} {metric}"
+    metric = METRICS.get(comparison.metric, comparison.metric.replace("_", " "))
+    return f"{PROTOCOLS.get(comparison.protocol, comparison.protocol)} {metric}"
 
 
 def written(estimate: Estimate, form: str = ".3f") -> str:
@@ -225,9 +237,10 @@ def _unseen(comparison: Comparison, site: str) -> str:
     return f"At {site}, which took no part in training: {values}."
 
 
-def _why(lacking: Sequence[str], arms: Sequence[str]) -> str:
+def _why(lacking: Sequence[str], arms: Sequence[str], protocol: str) -> str:
     if len(lacking) == len(arms):
-        return "no arm has a value there (for instance, one class only in its test split)"
+        instance = UNDEFINED.get(protocol, "one class only in its test split")
+        return f"no arm has a value there (for instance, {instance})"
     return f"no value for {', '.join(ARMS[arm] for arm in lacking)}"
 
 

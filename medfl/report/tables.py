@@ -16,6 +16,7 @@ import yaml
 
 from medfl.errors import DataError
 from medfl.report import rows
+from medfl.report.pictures import Picture, read_pictures
 from medfl.report.rows import Crossing, Event, Score, Site, Transfer
 
 FILES = {  # what each file holds, for the sentence that says that it is absent
@@ -46,6 +47,7 @@ class Run:
     sites: tuple[Site, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     encoder: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)  # file -> SHA-256 of what was read
     missing: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -80,7 +82,9 @@ def read_run(run_dir: Path) -> Run:
     crossings, bad_crossings = read_table(run_dir / "wire.csv", rows.crossing)
     sites, calibration, bad_sites = read_sites(run_dir / "sites.json")
     encoder, bad_encoder = read_json(run_dir / "encoder.json")
-    present = [run_dir / name for name in FILES if name not in missing]
+    pictures = read_pictures(run_dir)
+    read = {name: (run_dir / name).read_bytes() for name in FILES if name not in missing}
+    read |= {picture.file: picture.content for picture in pictures}
     return Run(
         name=run_dir.resolve().name,
         config=config,
@@ -92,7 +96,8 @@ def read_run(run_dir: Path) -> Run:
         sites=sites,
         calibration=calibration,
         encoder=encoder,
-        hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in present},
+        pictures=pictures,
+        hashes={name: hashlib.sha256(content).hexdigest() for name, content in read.items()},
         missing=missing,
         problems=bad_config + bad_events + bad_scores + bad_transfers + bad_crossings + bad_sites + bad_encoder,
     )

@@ -1,6 +1,7 @@
 """The page's HTML. A string, since only .py and .yaml files travel in the app bundle."""
 
 from medfl.report.template_rounds import CODEBOOKS, COLLAPSE, REMARKS, TRAINING
+from medfl.report.template_volumes import VOLUMES
 
 MACROS = """
 {%- macro gallery(part) %}
@@ -57,14 +58,15 @@ SITES = """
 {% if sites.rows %}
 <div class="scroll"><table>
 <thead><tr><th class="l">Site</th><th>Training images</th><th class="opt">Validation</th><th>Test</th>
-<th class="l">Scanner profile</th><th class="l">Classes in training</th></tr></thead>
+<th class="l">Scanner profile</th>
+{% if sites.classes %}<th class="l">Classes in training</th>{% endif %}</tr></thead>
 <tbody>{% for row in sites.rows %}
 <tr><th>{{ row.name }}{% if row.held_out %} <span class="tag">unseen</span>{% endif %}</th>
 {% for count in row.splits %}<td{{ " class=opt" if loop.index == 2 }}>{{ count }}</td>{% endfor %}
 <td class="l">{{ row.profile }}</td>
-<td class="l"><span class="share">{% for index, name, count in row.shares %}
+{% if sites.classes %}<td class="l"><span class="share">{% for index, name, count in row.shares %}
 <i title="{{ name }}: {{ count }}" style="flex: {{ count }}; --c: var(--s{{ index % 8 + 1 }})"></i>
-{% endfor %}</span></td></tr>{% endfor %}</tbody></table></div>
+{% endfor %}</span></td>{% endif %}</tr>{% endfor %}</tbody></table></div>
 <div class="key">{% for name in sites.classes %}
 <span><i style="--c: var(--s{{ loop.index0 % 8 + 1 }})"></i>{{ name }}</span>{% endfor %}</div>
 {% if sites.calibration %}
@@ -98,7 +100,7 @@ site{{ "" if arms.over == 1 else "s" }}.</p>
 </tbody></table></div>
 {{ grid(arms.figures) }}
 {% else %}
-{{ absent("No linear-probe AUC yet: the evaluate stage has not been run, or has written nothing so far.") }}
+{{ absent("No result yet: the evaluate stage has not been run, or has written nothing so far.") }}
 {% endif %}
 {% if arms.others %}
 <h3>All scores, mean over sites</h3>
@@ -220,7 +222,7 @@ round{{ "" if refusals.rounds == 1 else "s" }}.</p>
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="referrer" content="no-referrer">
 <title>medfl · {{ name }}</title>
 <style>{{ style | safe }}</style></head>
@@ -230,6 +232,7 @@ HEAD = """<!doctype html>
 CONTENTS = (
     ("sites", "Sites"),
     ("arms", "Results by arm"),
+    ("volumes", "Fusion and segmentation"),
     ("transfer", "Transfer"),
     ("training", "Training"),
     ("collapse", "Collapse monitors"),
@@ -240,5 +243,5 @@ CONTENTS = (
     ("provenance", "Provenance"),
     ("limits", "Limits"),
 )
-SECTIONS = (SITES, ARMS, TRANSFER, TRAINING, COLLAPSE, CODEBOOKS, REMARKS, WIRE, CLOSING)
+SECTIONS = (SITES, ARMS, VOLUMES, TRANSFER, TRAINING, COLLAPSE, CODEBOOKS, REMARKS, WIRE, CLOSING)
 PAGE = "".join((MACROS, HEAD, CARD, *SECTIONS, "</main></body></html>\n"))

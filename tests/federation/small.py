@@ -24,10 +24,22 @@ SMALL = (
     "training.device=cpu",
     "evaluation.resamples=20",
 )
+OF_METHOD = {
+    "nslf": (
+        "data=brain",
+        "data.count=60",
+        "method.base_width=2",
+        "method.levels=2",
+        "training.batch_size=8",
+        "rounds.count=3",
+    )
+}
 
 
 def small_study(folder: Path, *overrides: str) -> Study:
-    return config.compose([*SMALL, f"run.dir={folder}", *overrides])
+    """The first words are of the method, where it needs others than most."""
+    named = next((word.removeprefix("method=") for word in overrides if word.startswith("method=")), "")
+    return config.compose([*SMALL, *OF_METHOD.get(named, ()), f"run.dir={folder}", *overrides])
 
 
 def run(study: Study, *, stages: str = "pretrain", nodes: int = 3, carrier: str = "inprocess") -> RunFolder:

@@ -76,6 +76,13 @@ def test_pretraining_takes_its_share_at_each_site_and_in_the_central_arm(tmp_pat
         assert not torch.isin(added, site.patients).any()
 
 
+def test_a_queue_is_begun_with_synthetic_images_too(tmp_path: Path) -> None:
+    study = small_study(tmp_path, *OWN, "method=dcl", "arms=[federated]")
+    run(study, stages="synthesize")
+    enough(study)
+    assert (run(study, stages="pretrain").path / "encoder.safetensors").exists()
+
+
 def test_a_damaged_or_short_set_is_refused_by_name(tmp_path: Path) -> None:
     study = small_study(tmp_path, *OWN)
     run(study, stages="synthesize")

@@ -45,8 +45,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "method.levels=3", "training.batch_size=2", "training.steps=16", "rounds.count=15",
     ),
     "phantom": (
-        "data=brain", "data.size=32", "sites=modalities", "sites.min_images=8", "method.base_width=8", "method.levels=3",
-        "training.batch_size=8", "training.steps=20", "rounds.count=15",
+        "data=brain", "data.size=32", "sites=modalities", "sites.min_images=8", "method.base_width=8",
+        "method.levels=3", "training.batch_size=8", "training.steps=20", "rounds.count=15",
     ),
 }  # fmt: skip
 ARMS = ("random", "local", "federated", "central")

@@ -41,9 +41,17 @@ class Enrolled:
     held_out: bool
     holdings: Mapping[str, int] = field(default_factory=dict)  # owner group -> training volumes that can teach it
 
-    def share(self, owner: str) -> float:
-        """Volumes that can teach an owner group, for each training volume; all of them where nobody owns alone."""
-        return self.holdings.get(owner, 0) / self.volumes if owner else 1.0
+    def share(self, owner: str, needed: str = "") -> float:
+        """Volumes that can teach an owner group, for each training volume; all of them where nobody owns alone.
+
+        Args:
+            needed: group of the volumes that a phase trains on, such as "paired"; of "modality:t1" those in
+                "paired:t1" count then.
+        """
+        if not owner:
+            return 1.0
+        kind, _, name = owner.partition(":")
+        return self.holdings.get(f"{needed or kind}:{name}" if name else kind, 0) / self.volumes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,7 +48,8 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     request = Request(PRETRAIN, order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms)
     updates = collect(federation, request, able)
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
-    server.step(_aggregate(updates, able, server, config.partial(study.rule), study.rounds.max_share))
+    by_name = {site.name: site for site in able}
+    server.step(_aggregate(updates, by_name, server, config.partial(study.rule), study.rounds.max_share, needed))
     server.round += 1
     told = _take_sums(study, server, updates, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates])[-1000:]
@@ -62,6 +63,7 @@ def _begin_phase(federation: Federation, server: Server) -> str:
     if len(phases) > 1 and number == phase.first:
         server.begin_phase(federation.study, phase.name)
         federation.folder.write([Event("pretrain", server.arm, number, "", "phase", 1.0, phase.name)])
+    server.blueprint.enter(phase.name)
     return phase.name
 
 
@@ -160,22 +162,30 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
 
 
 def _aggregate(
-    updates: Sequence[Update], sites: Sequence[Enrolled], server: Server, rule: Rule, max_share: float
+    updates: Sequence[Update],
+    sites: Mapping[str, Enrolled],
+    server: Server,
+    rule: Rule,
+    max_share: float,
+    needed: str = "",
 ) -> Flat:
-    """Each group of weights over the sites that own it, by the volumes that taught it; what nobody owns is left out.
+    """Each group of weights over the sites that can teach it, by their volumes; what nobody can teach is left out.
 
     A site's share of volumes with a modality is taken to be the same in a round as in all its training volumes.
+
+    Args:
+        needed: owner group of the volumes that the phase trains on; "": all.
     """
-    enrolled = {site.name: site for site in sites}
     aggregate: Flat = {}
     for group, slots in server.blueprint.sends.groups.items():
-        held = [update for update in updates if group in update.flat]
-        if slots[0].role not in (Role.PARAMETER, Role.TARGET) or not held:
+        if slots[0].role not in (Role.PARAMETER, Role.TARGET):
             continue
-        volumes = [update.volumes * enrolled[update.site].share(slots[0].owner) for update in held]
-        weights = rules.site_weights(volumes, max_share)
-        before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
-        aggregate[group] = rule([update.flat[group] for update in held], weights, before)
+        volumes = [u.volumes * sites[u.site].share(slots[0].owner, needed) * (group in u.flat) for u in updates]
+        held = [(u.flat[group], v) for u, v in zip(updates, volumes, strict=True) if v]
+        if held:
+            weights = rules.site_weights([v for _, v in held], max_share)
+            before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
+            aggregate[group] = rule([values for values, _ in held], weights, before)
     return aggregate
 
 

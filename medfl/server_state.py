@@ -30,6 +30,7 @@ class Blueprint:
     books: Mapping[str, Kind]  # the codebooks that travel
     phases: Mapping[str, float]
     needs: Mapping[str, str]  # phase -> owner group of the sites that take part
+    enter: Callable[[str], None]  # the phase that remarks and alarm speak of
     remarks: Callable[[Mapping[str, float]], list[str]]
     alarm: Callable[[Mapping[str, float]], str]
 
@@ -48,6 +49,7 @@ class Blueprint:
             server_books.kinds_of(method) if policy.codebook != "local" else {},
             method.phases,
             method.needs,
+            method.enter,
             method.remarks,
             method.alarm,
         )

@@ -25,7 +25,7 @@ from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
-from medfl.training import Plan, Task, train_locally
+from medfl.training import Plan, Task, batches, train_locally
 from medfl.workshop import Workshop, sites_of, workshop
 
 CENTRAL = "central"
@@ -243,7 +243,7 @@ class Site:
         """The training images of the refresh pass, in batches: a fixed sample."""
         draw = seeding.generator(self.shop.study.seed, "refresh", self.data.name)
         chosen = torch.randperm(len(self.images), generator=draw)[: self.shop.study.rounds.refresh_volumes]
-        return [part.to(self.images.device) for part in _batches(chosen, self.shop.study.training.batch_size)]
+        return [part.to(self.images.device) for part in batches(chosen, self.shop.study.training.batch_size)]
 
     @torch.no_grad()
     def _refresh(self) -> tuple[Tensors, dict[str, float], dict[str, CodeSums]]:
@@ -294,11 +294,3 @@ class Site:
                 f"{name}.square": square,
             }
         return {name: tensor.double().cpu() for name, tensor in sums.items()}
-
-
-def _batches(chosen: Tensor, size: int) -> list[Tensor]:
-    """Parts of `size`; a last part of one image joins the one before, since batch statistics need two."""
-    parts = list(torch.split(chosen, size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts

@@ -171,3 +171,11 @@ def indices(count: int, labels: Tensor | None, plan: Plan) -> Iterator[Tensor]:
             order = torch.randperm(count, generator=seeding.generator(plan.seed, "order", plan.site, epoch))
             known = epoch
         yield order[place * size : (place + 1) * size]
+
+
+def batches(chosen: Tensor, size: int) -> list[Tensor]:
+    """Parts of `size`; a last part of one image joins the one before, since batch statistics need two."""
+    parts = list(torch.split(chosen, size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts

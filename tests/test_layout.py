@@ -78,7 +78,7 @@ def server_of(method: Method, optimizer: Callable[[list[torch.Tensor]], torch.op
     sends, answers = broadcast_layout(method, Policy()), update_layout(method, Policy())
     sums, seeds, initial = update_layout(method, Policy(), parameters=False), seed_layout(method), method.state_dict()
     blueprint = Blueprint(sends, answers, sums, seeds, sends.pack(initial), {}, method.phases, method.needs,
-                          method.remarks, method.alarm)  # fmt: skip
+                          method.enter, method.remarks, method.alarm)  # fmt: skip
     flat = {group: array.copy() for group, array in blueprint.initial.items()}
     steps = {g: torch.from_numpy(a).requires_grad_() for g, a in flat.items() if g.startswith("parameter/")}
     return Server("federated", "x", blueprint, flat, optimizer and optimizer([*steps.values()]), parameters=steps)
@@ -96,7 +96,7 @@ def test_each_modality_is_averaged_over_the_sites_that_hold_it_bit_for_bit() -> 
     b = Enrolled(2, "b", 30, False, {"modality:t2": 30, "modality:flair": 7})
     server = server_of(Modalities())
     first, second = answer(server, a, 1), answer(server, b, 2)
-    mean = _aggregate([first, second], [a, b], server, weighted_mean, 1.0)
+    mean = _aggregate([first, second], {"a": a, "b": b}, server, weighted_mean, 1.0)
     group = "parameter/modality:{}/float32".format
     assert (mean[group("t1")] == first.flat[group("t1")]).all()  # its owner's, bit for bit
     assert (mean[group("flair")] == second.flat[group("flair")]).all()
@@ -108,6 +108,24 @@ def test_each_modality_is_averaged_over_the_sites_that_hold_it_bit_for_bit() -> 
     assert (mean["parameter/all/float32"] == everybody).all()
 
 
+def test_a_phase_counts_the_volumes_that_it_trains_on() -> None:
+    a = Enrolled(1, "a", 10, False, {"modality:t1": 10, "modality:t2": 5, "paired": 5, "paired:t1": 5, "paired:t2": 5})
+    b = Enrolled(2, "b", 40, False, {"modality:t1": 40, "modality:t2": 1, "paired": 1, "paired:t1": 1, "paired:t2": 1})
+    server = server_of(Modalities())
+    first, second = answer(server, a, 1), answer(server, b, 2)
+    mean = _aggregate([first, second], {"a": a, "b": b}, server, weighted_mean, 1.0, "paired")
+    group = "parameter/modality:t1/float32"
+    by_pairs = weighted_mean([first.flat[group], second.flat[group]], [5, 1], Before(server.flat[group], []))
+    assert np.allclose(mean[group], by_pairs, rtol=1e-6)
+    assert "parameter/modality:flair/float32" not in mean
+    assert (a.share(""), a.share("paired"), b.share("modality:t1"), b.share("modality:t1", "labelled")) == (
+        1,
+        0.5,
+        1,
+        0,
+    )
+
+
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_what_no_site_of_a_round_owns_stays_as_it_was_bit_for_bit(momentum: float | None) -> None:
     """With a server optimizer too, whose momentum from earlier rounds would still carry it on."""
@@ -115,9 +133,9 @@ def test_what_no_site_of_a_round_owns_stays_as_it_was_bit_for_bit(momentum: floa
     b = Enrolled(2, "b", 10, False, {"modality:t2": 10})
     stepper = None if momentum is None else lambda steps: torch.optim.SGD(steps, lr=1.0, momentum=momentum)
     server = server_of(Modalities(), stepper)
-    server.step(_aggregate([answer(server, a, 1)], [a], server, weighted_mean, 1.0))
+    server.step(_aggregate([answer(server, a, 1)], {"a": a}, server, weighted_mean, 1.0))
     before = {group: array.copy() for group, array in server.flat.items()}
-    server.step(_aggregate([answer(server, b, 2)], [b], server, weighted_mean, 1.0))
+    server.step(_aggregate([answer(server, b, 2)], {"b": b}, server, weighted_mean, 1.0))
     still = {group for group, array in server.flat.items() if (array == before[group]).all()}
     assert {g for g in still if g.startswith("parameter")} == {
         "parameter/modality:t1/float32",

@@ -358,9 +358,9 @@ def train(made: NSLF, phase: str, steps: int) -> None:
 
 
 def test_the_three_phases_learn_one_after_the_other() -> None:
-    made, (images, lesion) = method(seed=1), textures(8, seed=10_000)
+    made, (images, lesion) = method(seed=1, base_width=8), textures(8, seed=10_000)
     inside = lesion.bool()[:, None]
-    train(made, "features", 180)
+    train(made, "features", 80)
     with torch.no_grad():
         found = made.encoder.features(images)
         errors = [F.mse_loss(maps.reconstruction[:, 0], images[:, k]) for k, maps in enumerate(found.values())]

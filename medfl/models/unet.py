@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from medfl.models.blocks import CONVOLUTIONS, TRANSPOSED, Block, ordered
 from medfl.models.diffusion import cropped, padded
 
+DARK = -2.0  # logit of a reconstruction at the start: narrow nets that start grey shut their ReLUs to get darker
+
 
 class UNet(nn.Module):
     """Channels w, 2w, 4w, 8w, 8w from the full side to 1/16, and back; (B, 1, *S) in [0, 1].
@@ -38,6 +40,7 @@ class UNet(nn.Module):
             self.up.append(_double(below + skip, outputs, norm=norm, dims=spatial_dims))
         if reconstructs:
             self.out = CONVOLUTIONS[spatial_dims](base_width, 1, 1)
+            nn.init.constant_(self.out.bias, DARK)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Deep features (B, 8w, *S/2^levels), local features (B, w, *S), reconstruction (B, 1, *S) in (0, 1)."""

@@ -169,7 +169,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     done = panels.rounds_of(run).get("federated", 0)
     facts = {
         "Method": _named(_node(run, "method"), ()),
-        "Encoder": _named(_node(run, "encoder"), ("blocks", "base_width", "se_ratio")),
+        "Encoder": _named(_architecture(run), ("blocks", "base_width", "levels", "se_ratio")),
         "Data": _data(_node(run, "data")),
         "Sites": f"{count}" + f", and {unseen} unseen" * bool(unseen) if count else "",
         "Split into sites": ", ".join(_values(_node(run, "sites"), ("alpha", "quantity", "severity", "held_out"))),
@@ -179,6 +179,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Seed": _plain(run.config["seed"]) if "seed" in run.config else "",
     }
     return [(name, text or "not recorded") for name, text in facts.items()]
+
+
+def _architecture(run: Run) -> Mapping[str, Any]:
+    """Of the trained encoder; before there is one, of the study's, where the method takes that."""
+    known, asked = run.encoder.get("architecture"), _node(run, "method").get("encoder")
+    return known if isinstance(known, dict) else asked if isinstance(asked, dict) else {}
 
 
 def _stages(run: Run) -> list[tuple[str, str]]:

@@ -188,6 +188,7 @@ class Site:
     def _begin_queues(self, order: Order) -> None:
         """Queues as the round starts them; fresh keys are of one view of local images."""
         method, rounds, shop, task = self.shop.method.train(), self.shop.study.rounds, self.shop, self.task
+        patients = self.patients if task.patients is None else task.patients  # of synthetic images too
         count, batch = len(task.images), min(len(task.images), shop.study.training.batch_size)
         wanted = site_queues.begin(
             method, mode=rounds.queue, age=rounds.queue_age, batch=batch, images=count, number=order.round
@@ -197,7 +198,7 @@ class Site:
             if len(part) > 1:  # batch statistics need two
                 view = task.batch(part, seeding.key(key, int(part[0])), shop.where, count=1)[0]
                 with shop.where.autocast():
-                    method.enqueue(view, self.patients[part].to(shop.where.device))
+                    method.enqueue(view, patients[part].to(shop.where.device))
 
     def _state(self, order: Order) -> SiteState:
         return SiteState(Path(self.shop.study.state_dir), order.lineage, self.data.name)

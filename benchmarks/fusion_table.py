@@ -8,7 +8,7 @@ BraTS 2013 with FLAIR and T1c. Every brain is cut into eight slabs along its axi
 validation, two for test. So the same patients are in training and test: the scores hold for new slabs of them alone.
 The masks of TCGA-LGG are automatic.
 
-phantom: 240 drawn heads at four sites (preset `modalities`): all four contrasts; FLAIR and T2; T1c and T1; T2 and T1c.
+phantom: 240 drawn heads at four sites (`experiment=brains`): all four contrasts; FLAIR and T2; T1c and T1; T2 and T1c.
 
 All arms see equal numbers of images; a local arm takes all steps of all sites. Scores are of test images: mean over the
 sites that have a value; "mean of sources" is the plain mean of an image's modalities. Per site: Dice of the federated
@@ -35,19 +35,16 @@ CONTRASTS = {
 }
 HOSPITALS = {"TCGA-DU-7294": "henry-ford", "TCGA-FG-6692": "case-western"}  # data/README.md of the images
 COLUMNS = ("patient", "site", "flair", "t1ce", "t1", "t2", "mask", "brain", "convention")
-COMMON = ("method=nslf", "training.threads=1", "stages=[pretrain,evaluate,report]")
+COMMON = ("training.threads=1", "stages=[pretrain,evaluate,report]")
 SETS: Mapping[str, tuple[str, ...]] = {
     "mri": (
-        "data=multimodal", "data.datalist={datalist}", "data.root={data}", "data.mask=mask", "data.brain=brain",
+        "method=nslf", "data=multimodal", "data.datalist={datalist}", "data.root={data}", "data.mask=mask", "data.brain=brain",
         "data.convention=convention", "data.patient=patient", "data.site=site", "data.spacing=2.0", "data.size=80",
         "data.depth=8", "data.slabs=8", "data.slab_splits=[train,val,train,train,test,train,test,train]",
         "sites=natural", "sites.min_images=1", "views.size=48", "views.depth=8", "method.base_width=8",
         "method.levels=3", "training.batch_size=2", "training.steps=16", "rounds.count=15",
     ),
-    "phantom": (
-        "data=brain", "data.size=32", "sites=modalities", "sites.min_images=8", "method.base_width=8",
-        "method.levels=3", "training.batch_size=8", "training.steps=20", "rounds.count=15",
-    ),
+    "phantom": ("experiment=brains",),
 }  # fmt: skip
 ARMS = ("random", "local", "federated", "central")
 FUSION, REGIONS = ("ssim", "psnr", "nmi"), ("dice_et", "dice_tc", "dice_wt")

@@ -39,10 +39,11 @@ COMMON = ("training.threads=1", "stages=[pretrain,evaluate,report]")
 SETS: Mapping[str, tuple[str, ...]] = {
     "mri": (
         "method=nslf", "data=multimodal", "data.datalist={datalist}", "data.root={data}", "data.mask=mask",
-        "data.brain=brain", "data.convention=convention", "data.patient=patient", "data.site=site", "data.spacing=2.0", "data.size=80",
-        "data.depth=8", "data.slabs=8", "data.slab_splits=[train,val,train,train,test,train,test,train]",
-        "sites=natural", "sites.min_images=1", "views.size=48", "views.depth=8", "method.base_width=8",
-        "method.levels=3", "training.batch_size=2", "training.steps=16", "rounds.count=15",
+        "data.brain=brain", "data.convention=convention", "data.patient=patient", "data.site=site",
+        "data.spacing=2.0", "data.size=80", "data.depth=8", "data.slabs=8",
+        "data.slab_splits=[train,val,train,train,test,train,test,train]", "sites=natural", "sites.min_images=1",
+        "views.size=48", "views.depth=8", "method.base_width=8", "method.levels=3", "training.batch_size=2",
+        "training.steps=16", "rounds.count=15",
     ),
     "phantom": ("experiment=brains",),
 }  # fmt: skip

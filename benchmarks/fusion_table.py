@@ -48,7 +48,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "phantom": ("experiment=brains",),
 }  # fmt: skip
 ARMS = ("random", "local", "federated", "central")
-FUSION, REGIONS = ("ssim", "psnr", "nmi"), ("dice_et", "dice_tc", "dice_wt")
+FUSION, REGIONS = ("ssim", "psnr", "nmi"), ("dice_et", "dice_tc", "dice_wt", "dice_wt_present")
 Row = Mapping[str, str]
 
 

@@ -169,7 +169,8 @@ def correlation(image: Tensor, reference: Tensor) -> float:
     """The largest over mirror images, turns and whole voxels of shift, by loops, in float64."""
     image, reference = image.double(), reference.double()
     dims, room = image.ndim - 1, margins(image[None])
-    inner = [slice(margin, side - margin) for margin, side in zip(room, image.shape[1:], strict=True)]
+    rim = alignment.RIM
+    inner = [slice(margin + rim, side - margin - rim) for margin, side in zip(room, image.shape[1:], strict=True)]
     centre = reference[(slice(None), *inner)].flatten(1)
     centre = (centre - centre.mean(1, keepdim=True)).flatten()
     best = -1.0
@@ -191,6 +192,16 @@ def test_alignment_is_the_best_of_all_whole_shifts_or_between_two(dims: int) -> 
         for place, value in zip(row, values, strict=True):
             whole = correlation(image, templates.images[place])
             assert whole - 1e-5 <= value <= whole + 0.03
+
+
+@DIMS
+def test_a_shift_by_the_whole_margin_is_found(dims: int) -> None:
+    real = anatomies(dims, size=24 if dims == 2 else 16, count=12)
+    templates, axes = Templates.of(real), list(range(2, real.ndim))
+    for signs in itertools.product((-1, 1), repeat=dims):
+        shifts = [sign * margin for sign, margin in zip(signs, margins(real), strict=True)]
+        own = aligned(real.roll(shifts, axes), templates, torch.arange(len(real))[:, None])
+        assert float(own.min()) > 0.999
 
 
 @pytest.mark.parametrize(("dims", "size"), [(2, 28), (2, 40), (3, 28)])  # compared at 28, 32 and 20 voxels a side

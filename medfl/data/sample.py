@@ -142,6 +142,11 @@ def present(images: Tensor) -> Tensor:
     return images.flatten(2).ne(0).any(2)
 
 
+def labelled(masks: Tensor) -> Tensor:
+    """Which masks are known, (B,) bool, of masks (B, *S)."""
+    return masks.flatten(1).ne(UNLABELLED).all(1)
+
+
 def named(modalities: Sequence[str]) -> bool:
     """Whether these can be names of modalities: all different, of lower-case letters, digits and _."""
     plain = all(isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+", name) for name in modalities)

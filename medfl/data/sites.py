@@ -12,12 +12,12 @@ from medfl.data.allocation import Minima, allocate, shares, sizes
 from medfl.data.calibration import Calibration
 from medfl.data.sample import (
     SPLITS,
-    UNLABELLED,
     Records,
     SiteData,
     Split,
     choose,
     join,
+    labelled,
     named,
     number,
     present,
@@ -293,6 +293,5 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
 def _holdings(site: SiteData) -> dict[str, Any]:
     """How many training images have each modality, and how many a known mask."""
     counts = present(site.train.images).sum(0).tolist()
-    masks = site.train.masks
-    known = 0 if masks is None else int((masks != UNLABELLED).flatten(1).any(1).sum())
+    known = 0 if site.train.masks is None else int(labelled(site.train.masks).sum())
     return {"modalities": dict(zip(site.modalities, counts, strict=True)), "labelled": known}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medfl.data.sample import UNLABELLED, SiteData, Split, present
+from medfl.data.sample import SiteData, Split, labelled, present
 from medfl.evaluation.slices import FOOT, Slices, plane, plane_moves
 from medfl.evaluation.volumes import mean_of_present, windowed
 from medfl.methods.base import Method
@@ -47,15 +47,15 @@ def draw(
     Raises:
         ResourceError: the disk is full.
     """
-    paired, labelled = _paired(data.test), _labelled_first(data.test)
-    images = {row: data.test.images[row : row + 1] for row in dict.fromkeys([*paired, *labelled])}  # (1, M, *S) each
+    paired, segmented = _paired(data.test), _labelled_first(data.test)
+    images = {row: data.test.images[row : row + 1] for row in dict.fromkeys([*paired, *segmented])}  # (1, M, *S) each
     network: Any = method.encoder
     fused = {row: windowed(network.fuse, image.to(device), plan)[0, 0].cpu() for row, image in images.items()}
     figures: dict[str, Slices] = {}
     if paired:
         figures[FUSION] = fusion({row: images[row][0] for row in paired}, fused, data.modalities, data.spacing)
-    if labelled:
-        logits = {row: windowed(network.segment, images[row].to(device), plan)[0] for row in labelled}
+    if segmented:
+        logits = {row: windowed(network.segment, images[row].to(device), plan)[0] for row in segmented}
         predicted = {row: known.argmax(0).cpu() for row, known in logits.items()}
         figures[SEGMENTATION] = segmentation(fused, _truth(data.test), predicted, data.spacing)
     if paired and hasattr(method, "matching"):
@@ -146,8 +146,9 @@ def _labelled_first(split: Split) -> list[int]:
 
 def _truth(split: Split) -> dict[int, Tensor]:
     """The masks that are known, by the number of the image."""
-    masks = [] if split.masks is None else list(split.masks)
-    return {row: mask for row, mask in enumerate(masks) if not bool((mask == UNLABELLED).all())}
+    if split.masks is None:
+        return {}
+    return {row: split.masks[row] for row in torch.nonzero(labelled(split.masks))[:, 0].tolist()}
 
 
 def _middle(images: Tensor, window: Sequence[int] | None) -> Tensor:

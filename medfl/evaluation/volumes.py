@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.data.sample import UNLABELLED, Split, present
+from medfl.data.sample import Split, labelled, present
 from medfl.errors import ConfigError
 from medfl.evaluation.fusion_metrics import FUSION
 from medfl.evaluation.metrics import Array, Labels, mean, ratio
@@ -71,7 +71,7 @@ def segmentation(
     """Scores of the segmented images; those without a mask are left out."""
     if split.masks is None:
         return Table({}, ())
-    rows = torch.nonzero(split.masks.flatten(1).ne(UNLABELLED).any(1))[:, 0]
+    rows = torch.nonzero(labelled(split.masks))[:, 0]
     scores = []
     for index in _batches(rows, plan):
         labels = windowed(net.segment, split.images[index].to(device), plan).argmax(1).to("cpu", torch.uint8)

@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from medfl.data.sample import UNLABELLED, number, present
+from medfl.data.sample import labelled, number, present
 from medfl.errors import ConfigError, one_of
 from medfl.methods.base import Claim, Method, Role
 from medfl.methods.nslf_losses import (
@@ -266,7 +266,7 @@ def _labelled(images: Tensor, masks: Tensor | None) -> Tensor:
     """Which images have a mask, (B,) bool."""
     if masks is None:
         return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    return masks.flatten(1).ne(UNLABELLED).all(1)
+    return labelled(masks)
 
 
 def _moved(field: Tensor) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from medfl.models.blocks import CONVOLUTIONS, TRANSPOSED, Block, ordered
+from medfl.models.blocks import TRANSPOSED, Block, ordered
 from medfl.models.diffusion import cropped
+from medfl.models.layers import CONVOLUTIONS
 from medfl.models.unet import ascent
 
 

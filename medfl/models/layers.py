@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from medfl.errors import one_of
 
-_CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOLS: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _BATCH_NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
     1: nn.BatchNorm1d,
@@ -20,7 +20,7 @@ _INSTANCE_NORMS: dict[int, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = 
 
 def convolution(inputs: int, outputs: int, *, kernel: int, stride: int, dims: int) -> nn.Module:
     """A convolution without bias (a norm follows) that keeps the side at stride 1."""
-    return _CONVOLUTIONS[dims](inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return CONVOLUTIONS[dims](inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def max_pool(dims: int) -> nn.Module:

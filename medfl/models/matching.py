@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medfl.models.blocks import CONVOLUTIONS, Rows, Slots
-from medfl.models.layers import pooled
+from medfl.models.blocks import Rows, Slots
+from medfl.models.layers import CONVOLUTIONS, pooled
 from medfl.models.warp import affine_field, affine_numbers, bounded_affine, compose, positions, warp
 
 PARTS = ("rotation", "scale", "translation", "shear")

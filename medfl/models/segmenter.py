@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medfl.models.blocks import CONVOLUTIONS, Block, Rows, Slots, norm_of
+from medfl.models.blocks import Block, Rows, Slots, norm_of
+from medfl.models.layers import CONVOLUTIONS
 
 CLASSES = 4  # background, necrotic or non-enhancing core, oedema, enhancing tumour
 

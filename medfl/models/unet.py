@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medfl.models.blocks import CONVOLUTIONS, TRANSPOSED, Block, ordered
+from medfl.models.blocks import TRANSPOSED, Block, ordered
 from medfl.models.diffusion import cropped, padded
+from medfl.models.layers import CONVOLUTIONS
 
 DARK = -2.0  # logit of a reconstruction at the start: narrow nets that start grey shut their ReLUs to get darker
 

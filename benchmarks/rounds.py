@@ -18,7 +18,7 @@ from harness import machine
 from client.app import app as client
 from medfl import config, stages
 from medfl.carriers import InProcessGrid
-from medfl.exchange import Federation, enrol
+from medfl.enrolment import Federation, enrol
 from medfl.messages import Broadcast
 from medfl.rounds import order_of, run_round
 from medfl.run_folder import RunFolder

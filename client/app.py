@@ -30,6 +30,12 @@ def pretrain(message: Message, context: Context) -> Message:
     return _answer(message, context, Site.train)
 
 
+@app.train("finetune")
+def finetune(message: Message, context: Context) -> Message:
+    """One round of training with labels or masks."""
+    return _answer(message, context, Site.train)
+
+
 @app.query("refresh")
 def refresh(message: Message, context: Context) -> Message:
     """Sums of norm statistics, codes and features under the weights sent along."""

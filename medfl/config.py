@@ -15,19 +15,20 @@ from typing import Any
 import yaml
 
 from medfl.errors import ConfigError
-from medfl.study import Evaluation, Node, Rounds, Study, Synthesis, Training
+from medfl.study import Evaluation, Finetune, Node, Rounds, Study, Synthesis, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = (
     *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
-    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis"),
+    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune"),
 )
-NODES = ("data", "sites", "views", "method", "rule", "server_optimizer")
+NODES = ("data", "sites", "views", "method", "task", "rule", "server_optimizer")
 BUILDABLE = (
     "medfl.data",
     "medfl.views",
     "medfl.models",
     "medfl.methods",
+    "medfl.tasks",
     "medfl.optimizers",
     "medfl.rules",
     "medfl.synthesis",
@@ -75,6 +76,31 @@ def _complete(tree: dict[Any, Any]) -> None:
         tree["data"] = complete(node)
 
 
+def changed(text: str, overrides: Sequence[str]) -> Study:
+    """A resolved study with other values for some of its keys, such as finetune.rounds=8.
+
+    Raises:
+        ConfigError: no key=value, an unknown key, or a value that cannot be used.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.create(yaml.safe_load(text))
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        missing = object()
+        if not equals or OmegaConf.select(tree, key, default=missing) is missing:
+            raise ConfigError(
+                f"got {word!r}, need key=value with a key of the study.{_nearest(key)} List the keys with: "
+                "medfl simulate --cfg job"
+            )
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{word}: {error}. Write it as in YAML, such as finetune.fractions=[0.1,1.0].") from None
+    return parse(yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False, allow_unicode=True))
+
+
 def parse(text: str) -> Study:
     """A study from its resolved YAML; the text is data, never code.
 
@@ -100,11 +126,15 @@ def parse(text: str) -> Study:
         stages=tuple(tree["stages"]),
         arms=tuple(tree["arms"]),
         run_dir=str(tree["run"]["dir"]),
+        encoders=tree["run"].get("encoders"),
+        tensorboard=bool(tree["run"].get("tensorboard")),
+        mlflow=tree["run"].get("mlflow"),
         state_dir=str(tree["run"].get("state_dir") or Path(tree["run"]["dir"]) / "sites"),
         training=Training.read(tree["training"], "training"),
         rounds=Rounds.read(tree["rounds"], "rounds"),
         evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
         synthesis=Synthesis.read(tree["synthesis"], "synthesis"),
+        finetune=Finetune.read(tree["finetune"], "finetune"),
         source=text,
         **{name: tree[name] for name in NODES},
     )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from medfl.study import Study
 from medfl.workshop import new_method
 
 PREFIX = "encoder."
+WEIGHTS, FACTS = "encoder.safetensors", "encoder.json"
+INPUT = ("spatial_dims", "channels", "size", "depth", "modalities")  # of the node `data`, where it has them
 log = logging.getLogger(__name__)
 
 
@@ -34,10 +37,10 @@ def write_encoder(folder: Path, study: Study, server: Server) -> None:
         for name, tensor in method.state_dict().items()
         if name in claims and claims[name].role is Role.FIXED
     }
-    digest = write_tensors(folder / "encoder.safetensors", tensors | fixed)
+    digest = write_tensors(folder / WEIGHTS, tensors | fixed)
     facts = {
         "architecture": method.encoder.describe(),  # type: ignore[operator]
-        "input": {name: study.data.get(name) for name in ("spatial_dims", "channels", "size")},
+        "input": {name: study.data[name] for name in INPUT if study.data.get(name) is not None},
         "roles": [
             {"name": name, "role": claims[PREFIX + name].role, "shape": list(tensor.shape)}
             for name, tensor in sorted((tensors | fixed).items())
@@ -45,11 +48,11 @@ def write_encoder(folder: Path, study: Study, server: Server) -> None:
         "norm": study.rounds.norm,
         "provenance": {
             "medfl": __version__, "arm": server.arm, "rounds": server.round, "seed": study.seed,
-            "method": study.method["_target_"], "lineage": server.lineage,
+            "method": study.method["_target_"], "lineage": server.lineage, "parent": server.parent,
         },
         "sha256": digest,
     }  # fmt: skip
-    write_bytes(folder / "encoder.json", json.dumps(facts, indent=1).encode())
+    write_bytes(folder / FACTS, json.dumps(facts, indent=1).encode())
 
 
 def load_encoder(folder: Path) -> nn.Module:
@@ -58,12 +61,21 @@ def load_encoder(folder: Path) -> nn.Module:
     Raises:
         DataError: the files are missing or do not belong together.
     """
-    weights, facts = folder / "encoder.safetensors", _facts(folder)
-    if sha256(weights) != facts["sha256"]:
-        raise DataError(f"{weights} does not match the SHA-256 in encoder.json. Copy both files again.")
+    facts = read_facts(folder)
     encoder = config.build(facts["architecture"])
     if not isinstance(encoder, nn.Module):
-        raise DataError(f"{folder}/encoder.json names no network. Copy both files again.")
+        raise DataError(f"{folder}/{FACTS} names no network. Copy both files again.")
+    return with_weights(encoder, folder / WEIGHTS, facts["sha256"])
+
+
+def with_weights(encoder: nn.Module, weights: Path, digest: str) -> nn.Module:
+    """`encoder` in eval mode with the tensors of a safetensors file.
+
+    Raises:
+        DataError: the file's SHA-256 is not `digest`.
+    """
+    if sha256(weights) != digest:
+        raise DataError(f"{weights} does not match the SHA-256 it was written with. Copy the folder again.")
     lacking = set(encoder.load_state_dict(load_file(weights), strict=False).missing_keys)
     if lacking := {name for name in lacking if not name.endswith("num_batches_tracked")}:
         log.warning("%s lacks %d tensors that stayed at the sites, such as %s: recalibrate norms on your images.",
@@ -78,19 +90,43 @@ def copy_encoder(source: Path, target: Path) -> Path:
         DataError: as `load_encoder`.
         ConfigError: `target` holds an encoder already.
     """
-    if (target / "encoder.safetensors").exists():
+    if (target / WEIGHTS).exists():
         raise ConfigError(f"{target} holds an encoder already. Name another folder with to=FOLDER.")
     load_encoder(source)
-    for name in ("encoder.safetensors", "encoder.json"):
+    for name in (WEIGHTS, FACTS):
         write_bytes(target / name, (source / name).read_bytes())
     return target
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    weights, file = folder / "encoder.safetensors", folder / "encoder.json"
+def read_facts(folder: Path) -> dict[str, Any]:
+    """encoder.json.
+
+    Raises:
+        DataError: it or the weights are missing, or it is something else.
+    """
+    weights, file = folder / WEIGHTS, folder / FACTS
     if not (weights.exists() and file.exists()):
-        raise DataError(f"{folder} holds no encoder.safetensors with encoder.json. Give a finished run's folder.")
+        raise DataError(f"{folder} holds no {WEIGHTS} with {FACTS}. Give a finished run's folder.")
     facts = json.loads(file.read_text())
     if not isinstance(facts, dict) or not {"sha256", "architecture"} <= facts.keys():
         raise DataError(f"{file} is not an encoder's description. Copy both files again.")
     return facts
+
+
+def image_shape(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """(C, *S) of the images that the encoder was trained on."""
+    given = facts["input"]
+    sides = [int(given["size"])] * int(given["spatial_dims"])
+    if given.get("depth") and len(sides) == 3:
+        sides[-1] = int(given["depth"])
+    return (int(given["channels"]), *sides)
+
+
+def modalities(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the channels, where they are contrasts of one subject."""
+    return tuple(facts["input"].get("modalities") or facts["architecture"].get("modalities") or ())
+
+
+def value_range(facts: Mapping[str, Any]) -> tuple[float, float]:
+    """Intensities of those images (medfl.data.sample): with modalities from 0, which says that one is missing."""
+    return (0.0, 1.0) if modalities(facts) else (-1.0, 1.0)

@@ -14,13 +14,14 @@ import torch
 from flwr.app import Array, Message, RecordDict
 
 from medfl.errors import MedflError
+from medfl.evaluation import counts
 from medfl.layout import DTYPES, Flat, Layout
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
 KINDS = "loss|monitor|site|synthesis|linear|knn|classifier|fusion|average|segmentation"
-METRIC = re.compile(rf"({KINDS})/[a-z0-9_]{{1,40}}(/(value|low|high))?")
-MOST_METRICS = 200
+METRIC = re.compile(rf"({KINDS})(@0\.[0-9]{{1,4}})?/[a-z0-9_]{{1,40}}(/(value|low|high))?")
+MOST_METRICS = 1000
 LARGEST_METRIC = 1e9
 CHUNK = 1 << 16  # elements
 ROUNDING = 1e-3  # share by which sums in low precision may pass their bound
@@ -51,6 +52,7 @@ class Expected:
     max_update: float = math.inf
     max_growth: float = math.inf
     accepted: Sequence[float] = ()  # norms of the updates accepted so far
+    least: int = counts.LEAST  # patients behind each count
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def admit(reply: Message, expected: Expected) -> Update:
     _check_moments(flat, expected)
     _check_codebooks(flat, expected)
     _check_features(flat, expected)
+    _check_counts(flat, metrics, expected)
     return Update(expected.site, flat, int(metrics.get("site/volumes", 0)), metrics, _update_norm(flat, expected))
 
 
@@ -205,12 +208,27 @@ def _check_codebooks(flat: Flat, expected: Expected) -> None:
 
 def _check_features(flat: Flat, expected: Expected) -> None:
     """Unit features: the trace of Σzzᵀ is their count, and Σz is no longer than it."""
-    if not (tensors := expected.layout.of_role(Role.STATISTICS).unpack(flat)):
+    tensors = expected.layout.of_role(Role.STATISTICS).unpack(flat)
+    if "features.count" not in tensors:
         return
     count, total, gram = (tensors[f"features.{kind}"] for kind in ("count", "sum", "gram"))
     most = count * (1 + ROUNDING)
     if not 0 <= gram.trace() <= most or bool(torch.linalg.vector_norm(total) > most) or bool((gram.abs() > most).any()):
         raise _refuse(expected, "the sums of its features are of no unit vectors.")
+
+
+def _check_counts(flat: Flat, metrics: dict[str, float], expected: Expected) -> None:
+    """Counts of test images stand for enough patients each, and agree with each other and with the scores."""
+    tensors = expected.layout.of_role(Role.STATISTICS).unpack(flat)
+    for name in (n.removesuffix(".histogram") for n in tensors if n.endswith(".histogram")):
+        histogram, confusion = (tensors[f"{name}.{kind}"].numpy() for kind in ("histogram", "confusion"))
+        try:
+            counts.check(histogram, confusion, least=expected.least)
+        except ValueError as error:
+            raise _refuse(expected, f"protocol '{name}': {error}") from None
+        images, tested = histogram.sum(axis=(1, 2)).max(), metrics.get(f"{name}/n_test/value", 0.0)
+        if images not in (0.0, tested):
+            raise _refuse(expected, f"protocol '{name}' counts {images:g} images, and tested {tested:g}, need as many.")
 
 
 def _squares(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
@@ -225,9 +243,9 @@ def _squares(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
 
 def _update_norm(flat: Flat, expected: Expected) -> float:
     change = size = 0.0
-    for group in flat.keys() & expected.before.keys():
+    for group, before in expected.before.items():
         if group.startswith(("parameter/", "target/")):
-            moved, length = _squares(flat[group], expected.before[group])
+            moved, length = _squares(flat.get(group, before), before)  # what a site does not answer, it left alone
             change, size = change + moved, size + length
     norm, broadcast = math.sqrt(change), math.sqrt(size)
     if norm > expected.max_update * broadcast:

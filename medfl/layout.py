@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medfl.evaluation.counts import BINS
 from medfl.methods.base import Claim, Method, Role
 from medfl.study import Rounds
 
@@ -203,6 +204,18 @@ def update_layout(method: Method, policy: Policy, *, parameters: bool = True) ->
 def seed_layout(method: Method) -> Layout:
     """What a site answers before the first round: the masses and sums of its own k-means, per codebook."""
     return Layout.of(_book_rows(method, ("counts", "sums")))
+
+
+def counts_layout(protocols: Sequence[str], classes: int) -> Layout:
+    """What a site answers beside its scores: counts of test images for each protocol (`medfl.evaluation.counts`).
+
+    Args:
+        protocols: those that predict classes.
+        classes: K; 0: the site has no labels, so there is nothing to count.
+    """
+    shapes = {"histogram": (classes, 2, BINS), "confusion": (classes, classes)} if classes else {}
+    claim = Claim(Role.STATISTICS)
+    return Layout.of((f"{p}.{kind}", claim, shape, "float64") for p in protocols for kind, shape in shapes.items())
 
 
 def _book_rows(method: Method, kinds: Sequence[str]) -> list[tuple[str, Claim, tuple[int, ...], str]]:

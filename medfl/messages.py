@@ -14,8 +14,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from medfl.layout import Flat
 
 SITE_ERROR = 1000  # the code of an error reply is this plus the exit code of the error
-DESCRIBE, PRETRAIN, REFRESH, EVALUATE = "query.describe", "train.pretrain", "query.refresh", "evaluate.probe"
-SEED, SYNTHESIZE = "query.codebook", "train.synthesize"
+DESCRIBE, REFRESH, SEED, EVALUATE = "query.describe", "query.refresh", "query.codebook", "evaluate.probe"
+PRETRAIN, FINETUNE, SYNTHESIZE = "train.pretrain", "train.finetune", "train.synthesize"
+TRAIN = {"pretrain": PRETRAIN, "finetune": FINETUNE}  # by stage
 RAW = "medfl.raw"  # the arrays' serialisation type
 
 
@@ -32,6 +33,7 @@ class Order:
     steps: int
     layout: str  # digest of the layout of the tensors sent along
     nonce: str
+    parent: str = ""  # lineage of what this one started from: a site that kept parts of it goes on with them
 
 
 @dataclass(frozen=True)

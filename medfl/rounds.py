@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from medfl import config, features, rules, server_books
+from medfl.enrolment import Enrolled, Federation
 from medfl.errors import DivergedError
-from medfl.exchange import Enrolled, Federation, Request, collect
+from medfl.exchange import Request, collect
 from medfl.gate import Update
 from medfl.layout import Flat, Layout, Tensors
-from medfl.messages import PRETRAIN, REFRESH, SEED, Order
+from medfl.messages import REFRESH, SEED, TRAIN, Order
 from medfl.methods.base import Role
 from medfl.methods.phases import phase_of
 from medfl.run_folder import Event
@@ -42,10 +43,12 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     if not able:
         server.round += 1
         text = f"phase '{phase}': no site of this arm holds what it needs ({needed}); the weights stay."
-        federation.folder.write([Event("pretrain", server.arm, server.round, "", "remark", 1.0, text)])
+        federation.folder.write([Event(federation.stage, server.arm, server.round, "", "remark", 1.0, text)])
         return
     order = order_of(study, server, server.round + 1, steps)
-    request = Request(PRETRAIN, order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms)
+    request = Request(
+        TRAIN[federation.stage], order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms
+    )
     updates = collect(federation, request, able)
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
     by_name = {site.name: site for site in able}
@@ -53,7 +56,8 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     server.round += 1
     told = _take_sums(study, server, updates, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates])[-1000:]
-    federation.folder.write(_events(server, updates, weights, told, time.perf_counter() - began))
+    seconds = time.perf_counter() - began
+    federation.folder.write(_events(server, updates, weights, told, seconds=seconds, stage=federation.stage))
 
 
 def _begin_phase(federation: Federation, server: Server) -> str:
@@ -62,7 +66,7 @@ def _begin_phase(federation: Federation, server: Server) -> str:
     phase = phase_of(phases, number, federation.study.rounds.count)
     if len(phases) > 1 and number == phase.first:
         server.begin_phase(federation.study, phase.name)
-        federation.folder.write([Event("pretrain", server.arm, number, "", "phase", 1.0, phase.name)])
+        federation.folder.write([Event(federation.stage, server.arm, number, "", "phase", 1.0, phase.name)])
     server.blueprint.enter(phase.name)
     return phase.name
 
@@ -158,6 +162,7 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
         steps,
         digest,
         uuid.uuid4().hex,
+        server.parent,
     )
 
 
@@ -204,10 +209,12 @@ def _events(
     updates: Sequence[Update],
     weights: Sequence[float],
     told: Sequence[tuple[str, str, float]],
+    *,
     seconds: float,
+    stage: str,
 ) -> list[Event]:
     def event(site: str, name: str, value: float) -> Event:
-        return Event("pretrain", server.arm, server.round, site, name, value)
+        return Event(stage, server.arm, server.round, site, name, value)
 
     rows = [event("", "round/seconds", seconds), event("", "round/sites", float(len(updates)))]
     for update, weight in zip(updates, weights, strict=True):
@@ -222,7 +229,7 @@ def _events(
     if collapse := server.blueprint.alarm(terms):
         remarks.append(f"collapsed: {collapse}")
     server.alarms = server.alarms + 1 if collapse else 0
-    return rows + [Event("pretrain", server.arm, server.round, "", "remark", 1.0, text) for text in remarks]
+    return rows + [Event(stage, server.arm, server.round, "", "remark", 1.0, text) for text in remarks]
 
 
 def _means(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, float]:

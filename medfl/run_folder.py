@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from medfl.files import room_for, write_bytes
 EVALUATION = ("arm", "site", "task", "protocol", "label_fraction", "metric", "value", "low", "high")
 TRANSFER = ("trained_on", "tested_on", "kind", "metric", "value", "low", "high")
 WIRE = ("round", "site", "direction", "name", "role", "dtype", "shape", "bytes", "arm", "stage")
+TRAININGS = ("pretrain", "finetune")  # stages of rounds; the names of their arms differ
 Row = Mapping[str, object]
 
 
@@ -46,7 +47,21 @@ class Evaluated:
     low: str = ""
     high: str = ""
     task: str = "classification"
-    label_fraction: str = "1.0"
+    label_fraction: str = "1"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One line of counts.jsonl: counts of a site's test images, as `medfl.evaluation.counts` makes them."""
+
+    arm: str
+    site: str
+    protocol: str
+    label_fraction: str
+    classes: list[str]
+    least: int
+    histogram: list[list[list[int]]]
+    confusion: list[list[int]]
 
 
 class RunFolder:
@@ -131,6 +146,9 @@ class RunFolder:
     def evaluated(self, rows: Iterable[Evaluated]) -> None:
         self._append_rows("evaluation.csv", EVALUATION, [asdict(row) for row in rows])
 
+    def counted(self, rows: Iterable[Counted]) -> None:
+        self._append("counts.jsonl", "".join(f"{json.dumps(asdict(row))}\n" for row in rows))
+
     def transfers(self, rows: Sequence[Row]) -> None:
         write_bytes(self.path / "transfer.csv", _csv(TRANSFER, rows, header=True).encode())
 
@@ -144,22 +162,37 @@ class RunFolder:
     def forget_after(self, arm: str, round: int) -> None:  # noqa: A002
         """Drop what was written of rounds that a resumed arm will repeat, and lines that a crash cut short."""
         kept = [
-            e for e in self.events() if not (e.get("arm") == arm and e["stage"] == "pretrain" and e["round"] > round)
+            e for e in self.events() if not (e.get("arm") == arm and e["stage"] in TRAININGS and e["round"] > round)
         ]
         if (file := self.path / "metrics.jsonl").exists():
             write_bytes(file, "".join(json.dumps(event) + "\n" for event in kept).encode())
         if (file := self.path / "wire.csv").exists():
             with file.open(newline="") as lines:
                 rows = [row for row in csv.DictReader(lines) if row["stage"]]
-            again = [r for r in rows if not (r["arm"] == arm and r["stage"] == "pretrain" and int(r["round"]) > round)]
+            again = [r for r in rows if not (r["arm"] == arm and r["stage"] in TRAININGS and int(r["round"]) > round)]
             write_bytes(file, _csv(WIRE, again, header=True).encode())
 
     def _append_rows(self, name: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        self._append(name, _csv(columns, rows, header=not (self.path / name).exists()))
+        self._append(name, _csv(columns, rows, header=False), header=_csv(columns, (), header=True))
 
-    def _append(self, name: str, text: str) -> None:
-        with room_for(self.path / name), (self.path / name).open("a", newline="") as file:
-            file.write(text)
+    def _append(self, name: str, text: str, *, header: str = "") -> None:
+        """After the last whole line: what a crash cut short goes."""
+        if not text and not header:
+            return
+        with room_for(self.path / name), (self.path / name).open("ab+") as file:
+            end = _whole(file)
+            file.truncate(end)
+            file.write((text if end else header + text).encode())
+
+
+def _whole(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 1))
+    if not size or file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Row], *, header: bool) -> str:

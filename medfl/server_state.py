@@ -69,9 +69,12 @@ class Server:
     alarms: int = 0  # collapsed rounds running
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # what the server optimizer steps
     books: Books = field(default_factory=lambda: Books({}, {}))
+    parent: str = ""  # lineage of what it started from
 
     @classmethod
-    def start(cls, study: Study, arm: str, blueprint: Blueprint, saved: Checkpoint | None) -> "Server":
+    def start(
+        cls, study: Study, arm: str, blueprint: Blueprint, saved: Checkpoint | None, *, parent: str = ""
+    ) -> "Server":
         """A new arm, or the one that a checkpoint holds.
 
         Raises:
@@ -85,9 +88,10 @@ class Server:
         steps = {g: torch.from_numpy(a).requires_grad_() for g, a in flat.items() if g.startswith("parameter/")}
         optimizer = config.build(study.server_optimizer, parameters=list(steps.values()))
         books = Books.start(blueprint.books, saved.tensors if saved is not None else {})
-        server = cls(arm, uuid.uuid4().hex, blueprint, flat, optimizer, parameters=steps, books=books)
+        server = cls(arm, uuid.uuid4().hex, blueprint, flat, optimizer, parameters=steps, books=books, parent=parent)
         if saved is not None:
             server.lineage, server.round = str(saved.facts["lineage"]), int(saved.facts["round"])
+            server.parent = str(saved.facts["parent"])
             server.norms, server.alarms = [float(norm) for norm in saved.facts["norms"]], int(saved.facts["alarms"])
             if optimizer is not None:
                 load_optimizer(optimizer, saved.tensors)
@@ -99,6 +103,7 @@ class Server:
         facts = {
             "arm": self.arm,
             "lineage": self.lineage,
+            "parent": self.parent,
             "layout": self.blueprint.sends.digest,
             "norms": self.norms,
             "alarms": self.alarms,

@@ -9,9 +9,9 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
-from medfl import config, seeding, site_books, site_queues, site_synthesis
+from medfl import config, seeding, site_books, site_queues, site_synthesis, site_task
 from medfl.checkpoint import load_optimizer, optimizer_tensors
-from medfl.data.sample import SiteData
+from medfl.data.sample import SiteData, labelled
 from medfl.data.sites import pool
 from medfl.errors import ConfigError
 from medfl.evaluation import collapse, pictures
@@ -23,12 +23,14 @@ from medfl.methods.phases import Phase, phase_of
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
+from medfl.site_scores import tallies
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
 from medfl.training import Plan, Task, batches, train_locally
 from medfl.workshop import Workshop, sites_of, workshop
 
 CENTRAL = "central"
+NEWEST = 10**9  # a round that none reaches
 SEED_TOKENS = 64  # per image and codebook, for the k-means before the first round
 
 
@@ -61,9 +63,14 @@ class Site:
     def describe(self, order: Order) -> Answer:
         """How many volumes it has, and whether it takes part in training."""
         splits = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
+        train, masks = self.data.train, self.data.train.masks
         metrics = {f"site/{name}": len(split.images) for name, split in splits.items()}
+        metrics["site/labelled"] = int((train.labels >= 0).sum())
+        metrics["site/masked"] = 0 if masks is None else int(labelled(masks).sum())
+        metrics["site/regions"] = max((label for labels in self.data.regions.values() for label in labels), default=0)
         owners = ",".join(f"{group}={count}" for group, count in self.holdings.items())
-        facts = {"held_out": "yes" if self.data.held_out else "no", "owners": owners}
+        held_out, classes = "yes" if self.data.held_out else "no", list(self.data.classes)
+        facts: dict[str, str | list[str]] = {"held_out": held_out, "owners": owners, "classes": classes}
         return Answer(self.data.name, order.nonce, order.layout, metrics, facts=facts)
 
     def train(self, broadcast: Broadcast) -> Answer:
@@ -72,7 +79,7 @@ class Site:
         method, rounds, state = shop.method, shop.study.rounds, self._state(order)
         phase = self._phase(order)
         method.enter(phase.name)
-        kept = state.before(order.round)
+        kept = self._kept(order, order.round)
         self._load(broadcast, kept)
         self._start_own_books()
         sums, monitors, codes = self._refresh()
@@ -87,7 +94,7 @@ class Site:
             )
         metrics: dict[str, float | int] = {f"loss/{name}": value for name, value in losses.items()}
         metrics |= monitors | {
-            "site/volumes": min(len(self.images), order.steps * shop.study.training.batch_size),
+            "site/volumes": min(len(self.task.images), order.steps * shop.study.training.batch_size),
             "site/steps": order.steps,
             "site/seconds": time.perf_counter() - began,
         }
@@ -132,7 +139,7 @@ class Site:
     def seed_codebooks(self, broadcast: Broadcast) -> Answer:
         """Before the first round: this site's own k-means of its tokens, as masses and sums of its centres."""
         order, method = broadcast.order, self.shop.method
-        self._load(broadcast, self._state(order).before(order.round + 1))
+        self._load(broadcast, self._kept(order))
         layout = seed_layout(method)
         found = self._seeds(least=self.shop.study.rounds.codebook_images)
         metrics = {"site/volumes": len(self.images), "site/steps": 1}
@@ -141,22 +148,24 @@ class Site:
     def refresh(self, broadcast: Broadcast) -> Answer:
         """The refresh pass alone: plain sums under the weights sent along."""
         order, digest = broadcast.order, self.shop.sums.digest
-        self._load(broadcast, self._state(order).before(order.round + 1))
+        self._load(broadcast, self._kept(order))
         self._start_own_books()
         sums, monitors, _ = self._refresh()
         metrics = monitors | {"site/volumes": len(self.images), "site/steps": 1}
         return Answer(self.data.name, order.nonce, digest, metrics, self.sums.pack(sums))
 
     def evaluate(self, broadcast: Broadcast) -> Answer:
-        """Scores of the frozen encoder with this site's own labels. They alone leave; pictures of it are kept here."""
+        """Scores with this site's own labels, and counts of its test images; pictures of them are kept here."""
         order, shop = broadcast.order, self.shop
-        self._load(broadcast, self._state(order).before(order.round + 1))
+        self._load(broadcast, self._kept(order))
         shop.method.eval()
         plan, device = shop.study.evaluation, shop.where.device
-        metrics = probe(shop.method, self.data, plan, device, seed=shop.study.seed)
-        if hasattr(shop.method.encoder, "fuse"):
+        least = shop.study.training.label_least
+        metrics, scores = probe(shop.method, self.data, plan, device, seed=shop.study.seed, least=least)
+        if pictures.wanted(plan.pictures, order.arm, shop.study.arms):
             pictures.draw(shop.method, self.data, Path(shop.study.state_dir), device, arm=order.arm, plan=plan)
-        return Answer(self.data.name, order.nonce, order.layout, metrics)
+        flat = tallies(plan, scores, self.data.classes)
+        return Answer(self.data.name, order.nonce, order.layout, metrics, flat)
 
     def _plan(self, order: Order, phase: Phase) -> Plan:
         training = self.shop.study.training
@@ -167,22 +176,8 @@ class Site:
 
     @functools.cached_property
     def task(self) -> Task:
-        """What this site trains on: its images, and synthetic ones where the study asks for them, without labels."""
-        study, train = self.shop.study, self.data.train
-        added = [
-            site_synthesis.load(study.state_dir, name, round(study.training.synthetic * count))
-            for name, count in (self.members.items() if study.training.synthetic else ())
-        ]
-        if not added:
-            return Task(self.images, train.labels, self.shop.views, self.patients, train.masks)
-        extra = torch.cat(added)
-        names = tuple(f"synthetic {place}" for place in range(len(extra)))
-        return Task(
-            torch.cat([self.images, self.shop.where.resident(extra)]),
-            torch.cat([train.labels, torch.full((len(extra),), -1)]),
-            self.shop.views,
-            torch.cat([self.patients, site_queues.patient_codes(names)]),
-        )
+        """What this site trains on."""
+        return site_task.build(self.shop, self.data, self.images, self.patients, self.members)
 
     @torch.no_grad()
     def _begin_queues(self, order: Order) -> None:
@@ -199,6 +194,14 @@ class Site:
                 view = task.batch(part, seeding.key(key, int(part[0])), shop.where, count=1)[0]
                 with shop.where.autocast():
                     method.enqueue(view, patients[part].to(shop.where.device))
+
+    def _kept(self, order: Order, before: int | None = None) -> Tensors:
+        """What this site kept before a round (None: up to the order's own), or else of what the arm started from."""
+        kept = self._state(order).before(order.round + 1 if before is None else before)
+        if kept or not order.parent:
+            return kept
+        root = Path(self.shop.study.state_dir)
+        return SiteState(root, order.parent, self.data.name).before(NEWEST)
 
     def _state(self, order: Order) -> SiteState:
         return SiteState(Path(self.shop.study.state_dir), order.lineage, self.data.name)

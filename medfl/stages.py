@@ -1,41 +1,31 @@
-"""The stages of a study, driven from the server: pretrain, evaluate, transfer, report. Each can be run alone."""
+"""The stages of a study, driven from the server. Each can be run alone on what the earlier ones left."""
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-from safetensors.torch import load_file
-
-from medfl import checkpoint
-from medfl.errors import ConfigError
-from medfl.exchange import Enrolled, Federation, Request, collect, enrol, newcomers
-from medfl.export import write_encoder
-from medfl.files import write_tensors
+from medfl import arms, finetuning
+from medfl.arms import arms_of
+from medfl.enrolment import Enrolled, Federation, enrol, newcomers
+from medfl.exchange import Request, collect
+from medfl.finetuning import Task, Tuning
 from medfl.layout import Layout
-from medfl.messages import EVALUATE, SYNTHESIZE, Order
-from medfl.rounds import (
-    join_codebooks,
-    order_of,
-    refresh,
-    run_round,
-    seed_codebooks,
-    stop_if_collapsed,
-)
-from medfl.run_folder import Evaluated, Event
-from medfl.server_state import Blueprint, Server
+from medfl.messages import SYNTHESIZE, Order
+from medfl.run_folder import Event
+from medfl.scoring import score
+from medfl.server_state import Blueprint
 from medfl.site import CENTRAL
-from medfl.study import Study
+from medfl.study import TUNED
 
 SYNTHESIS_DEADLINE = 7 * 86400.0  # s; a latent diffusion model may take days where a round takes minutes
+END_TO_END = "end_to_end"  # protocol: encoder and head of one site, tested at another
+TRANSFERRED = {  # (protocol, metric) of a site's own network tested elsewhere -> kind of transfer
+    ("linear", "auc"): "representation",
+    ("segmentation", "dice_wt"): END_TO_END,
+    ("fusion", "ssim"): END_TO_END,
+    (END_TO_END, "auc"): END_TO_END,
+    (END_TO_END, "dice"): END_TO_END,
+}
 Stage = Callable[[Federation, Sequence[Enrolled]], None]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train the encoder: which sites, and how many steps each per round."""
-
-    members: Sequence[Enrolled]
-    steps: int
 
 
 def run(federation: Federation, stages: Sequence[str], expected: int) -> None:
@@ -47,25 +37,7 @@ def run(federation: Federation, stages: Sequence[str], expected: int) -> None:
     for stage in stages:
         STAGES[stage](federation, sites)
         if stage == "pretrain":  # those who came during the rounds are evaluated too
-            sites = _with(sites, newcomers(federation, {site.node for site in sites}))
-
-
-def _with(sites: Sequence[Enrolled], new: Sequence[Enrolled]) -> list[Enrolled]:
-    """All of them by name; a site that came back on another node is there once, on the new one."""
-    found = {site.name: site for site in (*sites, *new)}
-    return [found[name] for name in sorted(found)]
-
-
-def arms_of(study: Study, sites: Sequence[Enrolled]) -> dict[str, Arm]:
-    """The study's arms. All that train see equal numbers of samples: a lone site takes everybody's steps."""
-    members = [site for site in sites if not site.held_out and site.name != CENTRAL]
-    whole = [site for site in sites if site.name == CENTRAL]
-    steps, all_steps = study.training.steps, study.training.steps * len(members)
-    arms = {"random": Arm(members, 0), "federated": Arm(members, steps)}
-    arms |= {f"local:{site.name}": Arm([site], all_steps) for site in members}
-    if whole:  # only a simulation has one place with all data
-        arms["central"] = Arm(whole, all_steps)
-    return {arm: value for arm, value in arms.items() if arm.partition(":")[0] in study.arms}
+            sites = arms.merged(sites, newcomers(federation, {site.node for site in sites}))
 
 
 def synthesize(federation: Federation, sites: Sequence[Enrolled]) -> None:
@@ -75,120 +47,98 @@ def synthesize(federation: Federation, sites: Sequence[Enrolled]) -> None:
     request = Request(
         SYNTHESIZE, order, nothing, {}, nothing, nothing.digest, trains=False, deadline=SYNTHESIS_DEADLINE
     )
-    members = [site for site in sites if not site.held_out and site.name != CENTRAL]
-    for update in collect(federation, request, members):
+    for update in collect(federation, request, arms.training(sites)):
         federation.folder.write(
             Event("synthesize", "", 0, update.site, name, value) for name, value in update.metrics.items()
         )
 
 
 def pretrain(federation: Federation, sites: Sequence[Enrolled]) -> None:
-    """Train every arm; a finished one is not repeated, an interrupted one goes on after its last whole round."""
-    blueprint = Blueprint.of(federation.study)
-    for name, arm in arms_of(federation.study, sites).items():
-        if not (federation.folder.arm(name) / "model.safetensors").exists():
-            _train(federation, name, arm, blueprint, known={site.node for site in sites})
+    """Train every arm; a finished one is not repeated, an interrupted one goes on after its last whole round.
 
-
-def _train(federation: Federation, name: str, arm: Arm, blueprint: Blueprint, known: set[int]) -> None:
-    study, folder = federation.study, federation.folder.arm(name)
-    saved, damaged = checkpoint.newest(folder / "checkpoints")
-    server = Server.start(study, name, blueprint, saved)
-    federation.folder.forget_after(name, server.round)
-    federation.folder.write(Event("pretrain", name, server.round, "", "checkpoint/damaged", 1.0, d) for d in damaged)
-    members = arm.members
-    if arm.steps and server.round == 0:
-        seed_codebooks(federation, server, members)
-    while arm.steps and server.round < study.rounds.count:
-        if name == "federated":
-            members = _welcome(federation, server, members, known)
-        run_round(federation, server, members, arm.steps)
-        checkpoint.save(folder / "checkpoints", server.round, server.checkpoint(), keep=study.rounds.keep_checkpoints)
-        stop_if_collapsed(study, server)
-    refresh(federation, server, members)
-    write_encoder(folder, study, server)
-    write_tensors(folder / "model.safetensors", server.tensors())
-
-
-def _welcome(
-    federation: Federation, server: Server, members: Sequence[Enrolled], known: set[int]
-) -> Sequence[Enrolled]:
-    """The members of the next round, with the sites that came online since the last, or came back on another node."""
-    new = [site for site in newcomers(federation, known) if not site.held_out and site.name != CENTRAL]
-    late = [site for site in new if site.name not in {member.name for member in members}]
-    join_codebooks(federation, server, len(members), late)
-    federation.folder.write(Event("pretrain", server.arm, server.round + 1, site.name, "joined", 1.0) for site in late)
-    return _with(members, new)
+    Where encoders are given, they are taken as they are.
+    """
+    study, known = federation.study, {site.node for site in sites}
+    blueprint, every = Blueprint.of(study), arms_of(study, sites)
+    arms.plan(federation, every)
+    for name, arm in every.items():
+        if arms.finished(federation.folder, name):
+            continue
+        if source := arms.given(study, name):
+            arms.adopt(federation, name, source, blueprint)
+        else:
+            arms.train(federation, name, arm, blueprint, known=known if name == "federated" else None)
 
 
 def evaluate(federation: Federation, sites: Sequence[Enrolled]) -> None:
-    """Each arm's frozen encoder at every site; a site's own encoder at its own site."""
+    """Each arm's frozen encoder at every site, a site's own at its own; each fine-tuned network where it belongs."""
     _probe(federation, sites, lambda arm, site: not arm.startswith("local:") or arm == f"local:{site}")
+    for tuning in _tuned(federation, sites):
+        own = [site for site in _hospitals(sites) if tuning.site in ("", site.name)]
+        _test(federation, sites, own, tuning, tuning.protocol)
 
 
 def transfer(federation: Federation, sites: Sequence[Enrolled]) -> None:
-    """Each encoder at every site: the representation transfer matrix."""
+    """Each encoder at every site, and each site's own network as it is at every other: the transfer matrices."""
     _probe(federation, sites, lambda arm, site: True)  # noqa: ARG005
+    for tuning in _tuned(federation, sites):
+        if tuning.protocol == "finetune" and tuning.encoder.startswith("local:") and tuning.fraction == 1:
+            others = [site for site in _hospitals(sites) if site.name != tuning.site]
+            _test(federation, sites, others, tuning, END_TO_END)
     names = {site.name for site in sites}
-    federation.folder.transfers(
-        [
-            {
-                "trained_on": row["arm"].removeprefix("local:"),
-                "tested_on": row["site"],
-                "kind": "representation",
-                **{name: row[name] for name in ("metric", "value", "low", "high")},
-            }
-            for row in federation.folder.evaluations()
-            if row["protocol"] == "linear" and row["metric"] == "auc" and row["site"] in names
-        ]
-    )
+    rows = [row for row in federation.folder.evaluations() if row["site"] in names and _whole(row)]
+    federation.folder.transfers([found for row in rows if (found := _transferred(row))])
+
+
+def _transferred(row: Mapping[str, str]) -> dict[str, str] | None:
+    """A row of transfer.csv from one of evaluation.csv; None where it says nothing of transfer."""
+    protocol, arm = row["protocol"], row["arm"]
+    own = arm.startswith("local:") and protocol == "finetune"  # of a site's own encoder only its own site tunes
+    over = (arm, protocol) in (("federated", "federated_finetune"), ("central", "central_finetune"))
+    kind = TRANSFERRED.get((END_TO_END if own or over else protocol, row["metric"]))
+    if kind is None:
+        return None
+    values = {name: row[name] for name in ("metric", "value", "low", "high")}
+    return {"trained_on": arm.removeprefix("local:"), "tested_on": row["site"], "kind": kind, **values}
+
+
+def _whole(row: Mapping[str, str]) -> bool:
+    return float(row["label_fraction"]) == 1
 
 
 def _probe(federation: Federation, sites: Sequence[Enrolled], wanted: Callable[[str, str], bool]) -> None:
     """Probe what is wanted and not yet in evaluation.csv; scores are written arm by arm."""
     study, blueprint = federation.study, Blueprint.of(federation.study)
-    done = {(row["arm"], row["site"]) for row in federation.folder.evaluations()}
-    hospitals = [site for site in sites if site.name != CENTRAL]
+    tuned = (*TUNED, END_TO_END)
+    done = {(row["arm"], row["site"]) for row in federation.folder.evaluations() if row["protocol"] not in tuned}
     for name in arms_of(study, sites):
-        members = [s for s in hospitals if wanted(name, s.name) and (name, s.name) not in done]
-        if not members:
-            continue
-        server = _trained(federation, name, blueprint)
-        order = order_of(study, server, server.round, 1)
-        request = Request(
-            EVALUATE, order, blueprint.sends, server.flat, Layout(()), blueprint.sends.digest, trains=False
-        )
-        for update in collect(federation, request, members):
-            federation.folder.evaluated(_evaluated(name, update.site, update.metrics))
+        members = [s for s in _hospitals(sites) if wanted(name, s.name) and (name, s.name) not in done]
+        if members:
+            score(federation, members, arms.trained(federation, name, blueprint), arm=name)
 
 
-def _trained(federation: Federation, arm: str, blueprint: Blueprint) -> Server:
-    """The finished model of an arm, with the lineage under which the sites kept their own part.
-
-    Raises:
-        ConfigError: the arm has not been trained.
-    """
-    folder, study = federation.folder.arm(arm), federation.study
-    if not (folder / "model.safetensors").exists():
-        raise ConfigError(f"arm '{arm}' has no trained model in {folder}. Run the stage pretrain first.")
-    saved, _ = checkpoint.newest(folder / "checkpoints")
-    server = Server.start(study, arm, blueprint, saved)
-    tensors = load_file(folder / "model.safetensors")
-    server.flat.update(blueprint.sends.pack(tensors))
-    return server
+def _tuned(federation: Federation, sites: Sequence[Enrolled]) -> list[Tuning]:
+    """The fine-tunings that are there."""
+    every = finetuning.tunings(federation.study, sites)
+    return [tuning for tuning in every if arms.finished(federation.folder, tuning.name)]
 
 
-def _evaluated(arm: str, site: str, metrics: Mapping[str, float]) -> Iterable[Evaluated]:
-    """Rows of evaluation.csv from metrics named protocol/metric/value|low|high."""
-    for name in sorted(metrics):
-        protocol, _, rest = name.partition("/")
-        metric, _, part = rest.partition("/")
-        if part == "value":
-            low, high = (metrics.get(f"{protocol}/{metric}/{end}") for end in ("low", "high"))
-            yield Evaluated(
-                arm, site, protocol, metric, f"{metrics[name]:.6g}",
-                "" if low is None else f"{low:.6g}", "" if high is None else f"{high:.6g}",
-            )  # fmt: skip
+def _test(
+    federation: Federation, sites: Sequence[Enrolled], wanted: Sequence[Enrolled], tuning: Tuning, protocol: str
+) -> None:
+    """Test a fine-tuned network at those wanted sites that are not yet in evaluation.csv under this protocol."""
+    key = {"arm": tuning.encoder, "protocol": protocol, "label_fraction": f"{tuning.fraction:g}"}
+    rows = federation.folder.evaluations()
+    done = {row["site"] for row in rows if all(row[name] == value for name, value in key.items())}
+    members = [site for site in wanted if site.name not in done]
+    if members:
+        tuned = finetuning.of_tuning(federation, Task.of(sites), tuning)
+        server = arms.trained(tuned, tuning.name, Blueprint.of(tuned.study))
+        score(tuned, members, server, arm=tuning.encoder, protocol=protocol, fraction=tuning.fraction)
+
+
+def _hospitals(sites: Sequence[Enrolled]) -> list[Enrolled]:
+    return [site for site in sites if site.name != CENTRAL]
 
 
 def report(federation: Federation, sites: Sequence[Enrolled]) -> None:  # noqa: ARG001
@@ -201,6 +151,7 @@ def report(federation: Federation, sites: Sequence[Enrolled]) -> None:  # noqa: 
 STAGES: dict[str, Stage] = {
     "synthesize": synthesize,
     "pretrain": pretrain,
+    "finetune": finetuning.finetune,
     "evaluate": evaluate,
     "transfer": transfer,
     "report": report,

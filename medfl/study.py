@@ -9,9 +9,21 @@ from medfl.errors import ConfigError, one_of
 
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
 
-STAGES = ("synthesize", "pretrain", "evaluate", "transfer", "report")
+STAGES = ("synthesize", "pretrain", "finetune", "evaluate", "transfer", "report")
+SCHEDULES = ("cosine", "steps")
+LEAST_COUNT = 3  # patients behind a count that may leave a site
 PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
+TUNED = ("finetune", "head", "federated_finetune", "federated_head", "central_finetune")
 ARMS = ("random", "local", "federated", "central")
+
+
+def check_fractions(at: str, fractions: tuple[float, ...]) -> None:
+    """
+    Raises:
+        ConfigError: no share, one outside (0, 1], or one twice.
+    """
+    if not fractions or not all(0.001 <= f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
+        raise ConfigError(f"{at}: got {list(fractions)}, need shares from 0.001 to 1, each once, such as [0.1, 1.0].")
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ class Training(Section):
     device: str  # auto | cpu | cuda
     threads: int  # CPU threads per process; equal counts give equal bits
     synthetic: float  # synthetic images per real one, from this site's own stage synthesize
+    label_fraction: float  # of each site's patients of each class whose labels a method that needs them may read
+    label_least: int  # patients of each class that keep theirs, however small the share
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,46 @@ class Evaluation(Section):
     resamples: int  # of patients, for the 95 % intervals
     batch_size: int  # images, or windows of them, at once
     window: tuple[int, ...] | None  # voxels along each axis that are fused and segmented at once; None: all
+    fractions: tuple[float, ...]  # of the labelled patients, for linear and knn
+    counts: int | None  # least test patients behind a count that leaves, for curves; None: no counts leave
+    pictures: str  # federated | all | none: the arms that a site draws for the people there
+
+    @property
+    def predicting(self) -> tuple[str, ...]:
+        """The protocols that give each test image class probabilities."""
+        return tuple(protocol for protocol in self.protocols if protocol in ("linear", "knn", "classifier"))
 
     def __post_init__(self) -> None:
         if self.window is not None and (not self.window or min(self.window) < 1):
             raise ConfigError(
                 f"evaluation.window: got {list(self.window)}, need null or a size for each axis, above 0."
             )
+        one_of("evaluation.pictures", self.pictures, ("federated", "all", "none"))
+        check_fractions("evaluation.fractions", self.fractions)
+        if self.counts is not None and self.counts < LEAST_COUNT:
+            raise ConfigError(
+                f"evaluation.counts: got {self.counts}, need null or at least {LEAST_COUNT} patients behind a count."
+            )
+
+
+@dataclass(frozen=True)
+class Finetune(Section):
+    """Training the encoders further, with labels or masks. What is not named here is as in `training` and `rounds`."""
+
+    protocols: tuple[str, ...]
+    fractions: tuple[float, ...]  # of the labelled patients of each class at each site
+    rounds: int
+    steps: int  # optimizer steps per round; a lone site takes everybody's
+    batch_size: int  # images
+    optimizer: Node
+    schedule: str  # cosine | steps
+    warmup: float  # share of the whole schedule
+    views: Node
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            one_of("finetune.protocols", protocol, TUNED)
+        check_fractions("finetune.fractions", self.fractions)
 
 
 @dataclass(frozen=True)
@@ -147,20 +195,25 @@ class Study:
     """All of a study. `source` is its YAML text: it travels to the sites and is parsed there again."""
 
     seed: int
+    tensorboard: bool  # whether curves are written for it
+    mlflow: str | None  # folder of its database, or none
     stages: tuple[str, ...]
     arms: tuple[str, ...]
     run_dir: str
     state_dir: str
+    encoders: str | None  # finished run, or folder of an exported encoder, whose encoders take the place of pretraining
     data: Node
     sites: Node
     views: Node
     method: Node
+    task: Node
     rule: Node
     server_optimizer: Node
     synthesis: Synthesis
     training: Training
     rounds: Rounds
     evaluation: Evaluation
+    finetune: Finetune
     source: str
 
     def __post_init__(self) -> None:
@@ -171,7 +224,8 @@ class Study:
         ):
             for item in got:
                 one_of(key, item, allowed)
-        one_of("training.schedule", self.training.schedule, ("cosine", "steps"))
+        one_of("training.schedule", self.training.schedule, SCHEDULES)
+        one_of("finetune.schedule", self.finetune.schedule, SCHEDULES)
         one_of("training.optimizer_state", self.training.optimizer_state, ("reset", "keep"))
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
@@ -191,6 +245,10 @@ class Study:
             "training.steps": self.training.steps,
             "training.batch_size": self.training.batch_size,
             "training.threads": self.training.threads,
+            "training.label_least": self.training.label_least,
+            "finetune.rounds": self.finetune.rounds,
+            "finetune.steps": self.finetune.steps,
+            "finetune.batch_size": self.finetune.batch_size,
             "rounds.count": self.rounds.count,
             "rounds.keep_checkpoints": self.rounds.keep_checkpoints,
             "rounds.codebook_images": self.rounds.codebook_images,
@@ -200,5 +258,6 @@ class Study:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")
         if not 0 <= self.training.synthetic <= 10:
             raise ConfigError(f"training.synthetic: got {self.training.synthetic}, need a share from 0 to 10.")
+        check_fractions("training.label_fraction", (self.training.label_fraction,))
         if not 0 < self.rounds.quorum <= 1:
             raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from medfl import config, stages
-from medfl.exchange import Federation
+from medfl.enrolment import Federation
 from medfl.run_folder import RunFolder
 
 app = ServerApp()

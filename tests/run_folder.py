@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
 import yaml
 
 SITES = ("site-1", "site-2", "site-3", "site-4")
@@ -58,6 +59,12 @@ CONFIG = {
 }
 
 
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures empty, which take most of a page's time."""
+    for drawing in ("panels.curves", "scores.intervals", "charts.square", "charts.shares", "charts.violins"):
+        monkeypatch.setattr(f"medfl.report.{drawing}", lambda *_, **__: "<svg></svg>")
+
+
 def write_run(folder: Path, *, rename: Mapping[str, str] | None = None) -> Path:
     """Write the folder.
 
@@ -82,6 +89,17 @@ def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[objec
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def add_rows(path: Path, *rows: tuple[object, ...]) -> None:
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def tell(folder: Path, events: Iterable[Mapping[str, object]]) -> None:
+    """Add lines to metrics.jsonl."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(event)}\n" for event in events)
 
 
 def discrete_events(alarm: float = 0.0) -> list[dict[str, object]]:
@@ -232,7 +250,7 @@ def _measured(arm: str, index: int, at: int, draw: random.Random) -> dict[str, f
         "monitor/uniformity": -1.8 - 0.2 * at + 0.06 * index,
         "site/seconds": 1.4 + 0.2 * index + 0.1 * draw.random(),
         "site/volumes": 600.0 - 100 * index,
-        "site/steps": 40.0,
+        "site/steps": 40.0 if arm == "federated" else 160.0,
         "round/update_norm": 4.0 / math.sqrt(at) + 0.2 * index,
     }
 

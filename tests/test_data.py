@@ -17,8 +17,8 @@ from pydicom.data import get_testdata_file
 from medfl.data.folder import Folder, read_labels
 from medfl.data.medmnist import MedMNIST, complete, facts
 from medfl.data.phantom import Phantom
-from medfl.data.sample import Records
-from medfl.data.volume import fit_steps, normalize, read, to_grid
+from medfl.data.sample import UNLABELLED, Records
+from medfl.data.volume import fit_steps, labels_to_grid, normalize, read, to_grid
 from medfl.errors import ConfigError, DataError
 from tests.shared_data import shared
 
@@ -204,6 +204,8 @@ def test_one_scan_keeps_its_content_on_any_grid() -> None:
     padded = to_grid(torch.ones(1, 4, 8) + torch.arange(8), 8, (1.0, 1.0))
     torch.testing.assert_close(padded[0, 0], torch.ones(8))  # beyond the border: the least value
     assert fit_steps((10, 20, 5), (1.0, 1.0, 4.0), 10, "pad") == (2.0, 2.0, 0.5)
+    odd = torch.randn(1, 9, 8)
+    torch.testing.assert_close(to_grid(odd, 6, (1.0, 1.0)), odd[:, 2:8, 1:7])  # voxel on voxel, not between two
 
 
 def test_normalization_is_what_it_says() -> None:
@@ -251,7 +253,7 @@ def test_folder_reads_its_columns(tmp_path: Path) -> None:
     assert colour.images.shape == (4, 3, 16, 16)
     assert colour.classes == ()
     assert colour.patients == ("0.png", "1.png", "2.png", "3.png")
-    assert read_labels(["b", "", "a"])[1] == ("a", "b")
+    assert read_labels(["b", "", "a"], None)[1] == ("a", "b")
 
 
 def test_orientation_and_spacing_of_volumes(tmp_path: Path) -> None:
@@ -274,12 +276,12 @@ def test_dicom_values(tmp_path: Path) -> None:
     header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
     header.save_as(tmp_path / "a.dcm")
     hounsfield = header.pixel_array.astype(np.float32) * float(header.RescaleSlope) + float(header.RescaleIntercept)
-    image, spacing = read(tmp_path / "a.dcm", 2)
+    image, spacing, _ = read(tmp_path / "a.dcm", 2)
     torch.testing.assert_close(image[0], torch.from_numpy(hounsfield))
     assert spacing == pytest.approx((0.661468, 0.661468))
     header.PhotometricInterpretation = "MONOCHROME1"
     header.save_as(tmp_path / "b.dcm")
-    inverted, _ = read(tmp_path / "b.dcm", 2)
+    inverted = read(tmp_path / "b.dcm", 2).pixels
     torch.testing.assert_close(inverted, image.max() + image.min() - image)
 
 
@@ -405,3 +407,189 @@ def test_real_volumes_and_dicom(tmp_path: Path) -> None:
         read(samples / "MR_truncated.dcm", 2)
     colour = folder(tmp_path, f"image\n{samples}/examples_rgb_color.dcm\n{samples}/examples_jpeg2k.dcm\n", channels=3)
     assert colour.load().images.shape == (2, 3, 16, 16)
+
+
+# masks
+
+MASKED = {"mask": "mask", "regions": {"inner": [4], "outer": [7, 4]}}
+
+
+def bump(shape: tuple[int, ...], affine: Any) -> Any:
+    """A smooth bump of anisotropic width about (14, 18, 12) mm, highest 1, sampled on a grid."""
+    index = np.stack(np.meshgrid(*[np.arange(side) for side in shape], indexing="ij"), axis=-1)
+    offset = index @ affine[:3, : len(shape)].T + affine[:3, 3] - (14, 18, 12)
+    return np.exp(-((offset / (9, 11, 10)) ** 2).sum(-1)).astype(np.float32)
+
+
+def levels(height: Any) -> Any:
+    """What a mask stores: 4 in the middle, 7 around it."""
+    return np.where(height > 0.6, 4, np.where(height > 0.2, 7, 0)).astype(np.uint8)
+
+
+def drawn(image: torch.Tensor) -> torch.Tensor:
+    """The labels of `levels` from a loaded bump, which is in [-1, 1]: 4 became 1, 7 became 2."""
+    height = (image[0] + 1) / 2
+    return ((height > 0.2).byte() * 2 - (height > 0.6).byte()).byte()
+
+
+@pytest.mark.parametrize("changes", [{"spacing": 1.3}, {"spacing": 1.2}, {"fit": "pad"}, {"fit": "crop"}])
+def test_masks_lie_on_their_images_whatever_the_affine_and_the_order_of_axes(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    turn = np.array([[0.96, -0.28, 0, 3], [0.28, 0.96, 0, -4], [0, 0, 1, 2], [0, 0, 0, 1]])
+    affine = turn @ np.diag([1.1, 1.2, 1.7, 1])
+    height = bump((26, 33, 19), affine)
+    image: Any = nib.Nifti1Image
+    nib.save(image(height * 500 + 100, affine), tmp_path / "a.nii.gz")
+    mask = image(levels(height), affine)
+    axes = nib.orientations.axcodes2ornt("ASR")
+    nib.save(mask.as_reoriented(axes), tmp_path / "a_seg.nii.gz")
+    table = "image,mask\na.nii.gz,a_seg.nii.gz\na.nii.gz,\n"
+    records = folder(tmp_path, table, spatial_dims=3, size=24, normalize="range", **MASKED, **changes).load()
+    assert records.regions == {"inner": (1,), "outer": (1, 2)}
+    assert records.masks is not None
+    assert records.masks.dtype == torch.uint8
+    assert bool((records.masks[1] == UNLABELLED).all())
+    expected = drawn(records.images[0])
+    for label in (1, 2):
+        found, real = records.masks[0] == label, expected == label
+        assert 2 * (found & real).sum() / (found.sum() + real.sum()) > 0.93
+        assert float(found.sum() / real.sum()) == pytest.approx(1, abs=0.06)
+        centres = [part.nonzero().float().mean(0) for part in (found, real)]
+        torch.testing.assert_close(*centres, atol=0.25, rtol=0)  # voxels
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 1.5, 2.0, 3.0])
+def test_resampled_labels_are_as_large_as_before(step: float) -> None:
+    """Also where their borders fall right between two voxels."""
+    draw, ratios = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        first, last = (torch.randint(low, low + 8, (2,), generator=draw).tolist() for low in (6, 22))
+        labels = torch.zeros(37, 36, dtype=torch.uint8)
+        labels[first[0] : last[0], first[1] : last[1]] = 1
+        ratios.append(float(labels_to_grid(labels, 80, (step, step)).sum() * step**2 / labels.sum()))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+
+
+def blob(root: Path) -> Any:
+    """A smooth photograph in 0.png, and where it is bright, bool (60, 44)."""
+    height = bump((60, 44), np.array([[0.5, 0, 0, 0], [0, 0.8, 0, 0], [0, 0, 0, 12], [0, 0, 0, 1.0]]))
+    Image.fromarray((height * 255).astype(np.uint8)).save(root / "0.png")
+    return height > 0.4
+
+
+def test_photographs_have_masks_of_any_kind(tmp_path: Path) -> None:
+    bright = blob(tmp_path)
+    white = Image.fromarray(bright.astype(np.uint8) * 255)
+    white.save(tmp_path / "exact.png")
+    white.convert("RGB").save(tmp_path / "grey.png")
+    white.convert("1").save(tmp_path / "bits.png")
+    for mode in ("L", "RGB"):
+        white.convert(mode).save(tmp_path / f"{mode}.jpg", quality=30)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "L.jpg")))) > 20  # noise
+    palette = Image.fromarray(bright.astype(np.uint8) * 3).convert("P")
+    palette.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 0, 200, 0, 0])
+    palette.save(tmp_path / "palette.png")
+
+    def masks(value: int, *names: str) -> torch.Tensor:
+        table = "image,mask\n" + "".join(f"0.png,{name}\n" for name in names)
+        regions = {"polyp": [value]}
+        made = folder(tmp_path, table, size=40, fit="pad", normalize="range", mask="mask", regions=regions).load()
+        assert made.masks is not None
+        assert (made.masks[0] == (made.images[0, 0] > -0.2)).float().mean() > 0.99
+        return made.masks
+
+    found = masks(255, "exact.png", "grey.png", "bits.png", "L.jpg", "RGB.jpg")
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert found.unique().tolist() == [0, 1]
+    assert (found[3:] != found[0]).float().mean() < 0.01
+    assert torch.equal(masks(3, "palette.png")[0], found[0])
+
+
+def test_masks_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    bright = blob(tmp_path)
+    Image.fromarray(bright.astype(np.uint8) * 254).save(tmp_path / "odd.png")
+    Image.fromarray(bright[:50].astype(np.uint8) * 4).save(tmp_path / "short.png")
+    for kind in ("png", "jpg"):
+        Image.fromarray(np.stack([bright * 4, bright * 0, bright * 250], axis=-1).astype(np.uint8)).save(
+            tmp_path / f"colour.{kind}"
+        )
+    (tmp_path / "mask.dcm").write_bytes(b"x")
+
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            folder(tmp_path, f"image,mask\n0.png,{name}\n", **MASKED).load()
+
+    refused("odd.png", r"odd\.png: holds the value 254, data\.regions and the background have 0, 4, 7\.")
+    refused("short.png", r"short\.png: has the grid 50 x 44, its image .*0\.png has 60 x 44")
+    refused("colour.png", r"colour\.png: got 3 different channels")
+    refused("colour.jpg", r"colour\.jpg: got 3 different channels")
+    refused("mask.dcm", r"mask\.dcm: unknown format of a mask")
+    refused("absent.png", r"absent\.png: no such file")
+    with pytest.raises(DataError, match=r"1 of 1 images cannot be used.*odd\.png: holds the value 254"):
+        folder(tmp_path, "image,mask\n0.png,odd.png\n", unreadable="skip", **MASKED).load()
+    image: Any = nib.Nifti1Image
+    height = bump((20, 20, 20), np.eye(4))
+    nib.save(image(height, np.eye(4)), tmp_path / "a.nii")
+    moved = np.eye(4)
+    moved[0, 3] = 1
+    nib.save(image(levels(height), moved), tmp_path / "a_seg.nii")
+    both = (
+        r"a_seg\.nii: has the grid 20 x 20 x 20 with the affine \[\[1.0, 0.0, 0.0, 1.0\].*, its image .*a\.nii has 20 x"
+    )
+    with pytest.raises(DataError, match=both):
+        folder(tmp_path, "image,mask\na.nii,a_seg.nii\n", spatial_dims=3, **MASKED).load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": "mask"}, r"data\.mask: got 'mask', need null, or a column and data\.regions"),
+        ({"regions": {"a": [1]}}, r"data\.regions: got .* and the column data\.mask"),
+        ({"mask": "mask", "regions": {}}, r"data\.mask: got 'mask', need null, or a column and data\.regions"),
+        ({"mask": "mask", "regions": {"a": 1}}, r"data\.regions: got \{'a': 1\}, need null, or names"),
+        ({"mask": "mask", "regions": {"a": [0, 1]}}, r"data\.regions: .* whole numbers above 0"),
+        ({"mask": "mask", "regions": {"A b": [1]}}, r"data\.regions: .* need null, or names of a-z"),
+        ({"mask": "mask", "regions": {"a" * 21: [1]}}, r"data\.regions: .* up to 20 long"),
+        ({"classes": ["a", "b"]}, r"data\.classes: .* and the column data\.label"),
+        ({"label": "y", "classes": [True, False]}, r"data\.classes: .* need null, or two different names"),
+        ({"label": "y", "classes": ["a"]}, r"data\.classes: .* need null, or two different names or more"),
+    ],
+)
+def test_masks_and_classes_need_their_words(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Folder(**node("folder", root="x", **changes))
+
+
+def test_expected_classes_are_the_same_everywhere(tmp_path: Path) -> None:
+    png(tmp_path / "0.png")
+    rows = {"a": "0.png,2.0\n0.png,\n0.png,2\n", "b": "0.png,1\n0.png,3\n0.png,1\n"}
+    found = {
+        name: folder(tmp_path, f"image,y\n{table}", label="y", classes=[3, 1, 2]).load() for name, table in rows.items()
+    }
+    assert found["a"].classes == found["b"].classes == ("3", "1", "2")
+    assert found["a"].labels.tolist() == [2, -1, 2]
+    assert found["b"].labels.tolist() == [1, 0, 1]
+    with pytest.raises(DataError, match=r"data\.label: got '2\.0', data\.classes has 1, 3\. Add it there"):
+        folder(tmp_path, f"image,y\n{rows['a']}", label="y", classes=["1", "3"]).load()
+
+
+def test_real_hippocampi_keep_every_labelled_voxel(tmp_path: Path) -> None:
+    root = shared("msd_hippocampus/dataset.json").parent
+    cases = sorted(path.name for path in (root / "labelsTr").glob("*.nii.gz"))[:6]
+    table = "image,mask\n" + "".join(f"{root}/imagesTr/{name},{root}/labelsTr/{name}\n" for name in cases)
+    regions = {"anterior": [1], "posterior": [2]}
+    changes = {"spatial_dims": 3, "size": 64, "mask": "mask", "regions": regions}
+    exact = folder(tmp_path, table, spacing=1.0, **changes).load()
+    coarse = folder(tmp_path, table, spacing=1.5, **(changes | {"size": 44})).load()
+    assert exact.masks is not None
+    assert coarse.masks is not None
+    for name, mask, less in zip(cases, exact.masks, coarse.masks, strict=True):
+        stored = np.asarray(nib.load(root / "labelsTr" / name).dataobj)
+        for label in (1, 2):
+            assert int((mask == label).sum()) == int((stored == label).sum())
+            assert float((less == label).sum()) * 1.5**3 == pytest.approx(float((stored == label).sum()), rel=0.06)
+    place = torch.stack(torch.meshgrid(*[torch.arange(64.0)] * 3, indexing="ij"))
+    ends = [place[1][(exact.masks == label).any(0)].mean() for label in (1, 2)]
+    assert ends[0] > ends[1]  # RAS: anterior is further along the second axis

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from medfl.evaluation.collapse import (
     alignment,
@@ -22,7 +30,7 @@ from medfl.evaluation.collapse import (
     uniformity,
 )
 from medfl.evaluation.knn import knn
-from medfl.evaluation.metrics import METRICS, accuracy, auc, balanced_accuracy, constant_accuracy, point, precision
+from medfl.evaluation.metrics import ECE_BINS, METRICS, accuracy, auc, point, pr_auc
 from medfl.evaluation.probe import Features, Scores, linear_probe
 from medfl.evaluation.statistics import (
     Interval,
@@ -93,47 +101,76 @@ def changed(split: Features, *, z: torch.Tensor | None = None, labels: torch.Ten
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))
 @settings(max_examples=60, deadline=None)
-def test_binary_auc_is_sklearns_with_any_ties(rows: list[tuple[int, bool]]) -> None:
+def test_areas_are_sklearns_with_any_ties(rows: list[tuple[int, bool]]) -> None:
     scores, labels = np.array([s / 6 for s, _ in rows]), np.array([int(p) for _, p in rows])
-    value = point(auc, np.stack([1 - scores, scores], axis=1), labels)
+    found = [point(metric, np.stack([1 - scores, scores], axis=1), labels) for metric in (auc, pr_auc)]
     if len(set(labels.tolist())) < 2:
-        assert value is None
+        assert found == [None, None]
     else:
-        assert value == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+        assert found == pytest.approx(
+            [roc_auc_score(labels, scores), average_precision_score(labels, scores)], abs=1e-9
+        )
+
+
+def references(p: Floats, y: Ints) -> dict[str, float]:
+    """Every metric in scikit-learn's words, or in a loop where it has none."""
+    classes, guess, members = p.shape[1], p.argmax(1), np.unique(y).tolist()
+    shown = [1] if classes == 2 else members
+    macro = {"labels": members, "average": "macro", "zero_division": 0}
+    return {
+        "auc": np.mean([roc_auc_score(y == k, p[:, k]) for k in shown]),
+        "pr_auc": np.mean([average_precision_score(y == k, p[:, k]) for k in shown]),
+        "accuracy": accuracy_score(y, guess),
+        "balanced_accuracy": recall_score(y, guess, **macro),
+        "precision": precision_score(y, guess, **macro),
+        "f1": f1_score(y, guess, **macro),
+        "brier": sum(
+            brier_score_loss(y == k, p[:, k], pos_label=True) for k in ([1] if classes == 2 else range(classes))
+        ),
+        "ece": calibration_error(p, y),
+        "constant_accuracy": max(accuracy_score(y, np.full_like(y, k)) for k in range(classes)),
+    }
+
+
+def calibration_error(p: Floats, y: Ints) -> float:
+    bins: dict[int, list[float]] = {}
+    for row, label in zip(p, y, strict=True):
+        bins.setdefault(math.ceil(max(row) * ECE_BINS), []).append(float(row.argmax() == label) - max(row))
+    return sum(abs(sum(excess)) for excess in bins.values()) / len(y)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 11])
 @pytest.mark.parametrize("levels", [3, 1000])
-def test_metrics_are_those_of_sklearn(classes: int, levels: int) -> None:
+@pytest.mark.parametrize("missing", [False, True])
+def test_metrics_are_those_of_sklearn(classes: int, levels: int, missing: bool) -> None:
     p, y = sample(200, classes, 0, levels)
-    if classes == 2:
-        expected = roc_auc_score(y, p[:, 1])
-    else:
-        expected = np.mean([roc_auc_score(y == k, p[:, k]) for k in range(classes)])
-    assert point(auc, p, y) == pytest.approx(expected, abs=1e-9)
-    assert point(accuracy, p, y) == pytest.approx(accuracy_score(y, p.argmax(1)), abs=1e-9)
-    assert point(balanced_accuracy, p, y) == pytest.approx(balanced_accuracy_score(y, p.argmax(1)), abs=1e-9)
-    macro = precision_score(y, p.argmax(1), labels=np.unique(y), average="macro", zero_division=0)
-    assert point(precision, p, y) == pytest.approx(macro, abs=1e-9)
-    best = max(accuracy_score(y, np.full_like(y, k)) for k in range(classes))
-    assert point(constant_accuracy, p, y) == pytest.approx(best, abs=1e-9)
+    if missing and classes > 2:
+        p, y = p[y != 1], y[y != 1]
+    expected = references(p, y)
+    assert expected.keys() == METRICS.keys()
+    assert {name: point(metric, p, y) for name, metric in METRICS.items()} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("name", ["auc", "accuracy", "balanced_accuracy", "precision"])
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"constant_accuracy"}))  # its constant is the sample's
 def test_counts_are_repeated_rows(name: str, classes: int) -> None:
     p, y = sample(40, classes, 1)
-    counts = np.random.default_rng(2).integers(0, 4, size=(40, 5))
+    counts = np.random.default_rng(2).integers(0, 4, size=(40, 8))
+    counts[:, 0] = y == 1  # one class alone
+    counts[y == 0, 1] = 0
+    counts[:, 2] = 0
     at_once = METRICS[name](p, y, counts.astype(float))
     one_by_one = [METRICS[name](p.repeat(c, axis=0), y.repeat(c))[0] for c in counts.T]
     np.testing.assert_allclose(at_once, one_by_one, rtol=0, atol=1e-12)
 
 
-def test_macro_auc_is_over_the_classes_that_occur() -> None:
-    p, y = sample(80, 4, 3)
-    p, y = p[y != 2], y[y != 2]
-    expected = np.mean([roc_auc_score(y == k, p[:, k]) for k in (0, 1, 3)])
-    assert point(auc, p, y) == pytest.approx(expected, abs=1e-12)
+def test_measure_draws_every_metric_from_the_same_resamples() -> None:
+    p, y = sample(60, 3, 0)
+    patients = names(20) * 3
+    table = measure(p, y, patients, resamples=50, seed=3)
+    assert table.keys() == METRICS.keys() | {"n_test"}
+    for name, metric in METRICS.items():
+        assert table[name] == bootstrap(metric, p, y, patients, resamples=50, seed=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from medfl.config import compose
 from medfl.data.sample import UNLABELLED, SiteData, Split
-from medfl.evaluation import pictures
-from medfl.evaluation.slices import plane, plane_moves
-from medfl.study import Evaluation
+from medfl.data.subject import REGIONS
+from medfl.evaluation import pictures, volume_slices
+from medfl.evaluation.slices import plane, plane_moves, write_png
 
 MODALITIES = ("flair", "t1ce", "t2")
 GRIDS = {2: (16, 12), 3: (16, 12, 8)}
-PLAN = Evaluation(("fusion", "segmentation"), (1.0,), 5, 10, 2, None)
+PLAN = replace(compose([]).evaluation, resamples=10, batch_size=2)
+NAMES = volume_slices.label_names(REGIONS)
 CPU = torch.device("cpu")
 
 
@@ -52,7 +55,11 @@ def site(dims=3, *, lacking=(), masks=(0, 1, 2, 3)):
         known[image] = 0
         known[image, 4:9, 4:9] = 3
     split = Split(images, torch.full((4,), -1), tuple(f"SECRET-{n}" for n in range(4)), known)
-    return SiteData("site-1", split, split, split, (), (2.0, 2.0, 3.0)[:dims], "", False, MODALITIES)
+    return SiteData("site-1", split, split, split, (), (2.0, 2.0, 3.0)[:dims], "", False, MODALITIES, REGIONS)
+
+
+def segmented(looks, truth, predicted):
+    return volume_slices.segmentation(looks, truth, predicted, names=NAMES, base="fused", spacing=(1.0, 1.0, 1.0))
 
 
 def words(sheet):
@@ -101,7 +108,7 @@ def test_no_patient_is_named(tmp_path):
     for path in pictures.draw(METHOD, site(), tmp_path, CPU, arm="federated", plan=PLAN):
         assert b"SECRET" not in path.read_bytes()
         assert not Image.open(path).info.keys() - {"dpi"}
-    sheet = pictures.fusion({1: site().test.images[1]}, {1: torch.zeros(GRIDS[3])}, MODALITIES, (1.0, 1.0, 1.0))
+    sheet = volume_slices.fusion({1: site().test.images[1]}, {1: torch.zeros(GRIDS[3])}, MODALITIES, (1.0, 1.0, 1.0))
     assert "test image 2\nslice 5 of 8" in words(sheet)
 
 
@@ -124,7 +131,7 @@ def test_windows_of_the_scores_are_those_of_the_pictures(tmp_path):
             return super().fuse(images)
 
     method = SimpleNamespace(encoder=Watched(), matching=None, match=lambda images: seen.append("m") or still(images))
-    plan = Evaluation(("fusion",), (1.0,), 5, 10, 2, (8, 8, 8))
+    plan = replace(PLAN, window=(8, 8, 8))
     assert len(pictures.draw(method, site(), tmp_path, CPU, arm="a", plan=plan)) == 3
     assert set(seen) == {(8, 8, 8), "m"}
 
@@ -132,7 +139,9 @@ def test_windows_of_the_scores_are_those_of_the_pictures(tmp_path):
 def test_each_modality_has_a_column_and_an_absent_one_is_said():
     images = {0: torch.rand(3, *GRIDS[3]), 2: torch.rand(3, *GRIDS[3])}
     images[0][1], images[0][2], images[2][2] = 0, 0, 0
-    sheet = pictures.fusion(images, {row: image.amax(0) for row, image in images.items()}, MODALITIES, (1.0, 1.0, 1.0))
+    sheet = volume_slices.fusion(
+        images, {row: image.amax(0) for row, image in images.items()}, MODALITIES, (1.0, 1.0, 1.0)
+    )
     said = words(sheet)
     assert said[:4] == ["flair", "t1ce", "fused", "mean of sources"]  # nobody has t2
     assert said.count("not there") == 1
@@ -143,33 +152,36 @@ def test_labels_are_painted_where_they_are(tmp_path):
     black = torch.zeros(GRIDS[3])
     truth = torch.zeros(GRIDS[3], dtype=torch.uint8)
     truth[:, :, 3], truth[:8, :, 3] = 1, 2
-    sheet = pictures.segmentation({0: black}, {0: truth}, {0: torch.full_like(truth, 3)}, (1.0, 1.0, 1.0))
-    shown = pixels(sheet.save(tmp_path / "s.png"))
+    sheet = segmented({0: black[None]}, {0: truth}, {0: torch.full_like(truth, 3)})
+    shown = pixels(write_png(sheet.figure, tmp_path / "s.png"))
     cell = sheet.tall * 1.65 * 110**2
-    colours = {label: colour for label, (_, colour) in pictures.LABELS.items()}
     for label, share in {1: 0.5, 2: 0.5, 3: 1.0}.items():
-        assert count_of(shown, colours[label]) == pytest.approx(share * cell, rel=0.05)
+        assert count_of(shown, volume_slices.COLOURS[label - 1]) == pytest.approx(share * cell, rel=0.05)
     assert "slice 4 of 8" in words(sheet)[-1]  # where the tumour is
 
 
 def test_an_unlabelled_image_shows_its_prediction_alone():
     labels = torch.zeros(GRIDS[3], dtype=torch.uint8)
     labels[2:5, 2:5, 6] = 3
-    sheet = pictures.segmentation({1: torch.rand(GRIDS[3])}, {}, {1: labels}, (1.0, 1.0, 1.0))
+    sheet = segmented({1: torch.rand(1, *GRIDS[3])}, {}, {1: labels})
     assert {"not labelled", "test image 2\nslice 7 of 8"} <= set(words(sheet))
     assert len(sheet.axes.images) == 3  # fused, and fused below the prediction
 
 
+def test_labels_are_called_after_the_smallest_region_that_has_them():
+    tumour = volume_slices.label_names(REGIONS)
+    assert {label: name[:3] for label, name in tumour.items()} == {1: "NCR", 2: "ED:", 3: "ET:"}
+    assert volume_slices.label_names({"head": (1,), "tail": (2,)}) == {1: "head", 2: "tail"}
+    assert volume_slices.label_names({"organ": (1, 2), "lesion": (2,)}) == {1: "rest of organ", 2: "lesion"}
+
+
 def test_labelled_images_come_first(tmp_path, monkeypatch):
-    shown = []
+    shown, drawn = [], volume_slices.segmentation
     monkeypatch.setattr(
-        pictures, "segmentation", lambda fused, truth, predicted, spacing: shown.append(list(predicted)) or Sheet()
+        volume_slices,
+        "segmentation",
+        lambda looks, truth, predicted, **rest: shown.append(list(predicted)) or drawn(looks, truth, predicted, **rest),
     )
-
-    class Sheet:
-        def save(self, path):
-            return path
-
     pictures.draw(METHOD, site(masks=(3, 1)), tmp_path, CPU, arm="a", plan=PLAN)
     assert shown == [[1, 3, 0]]
 
@@ -177,7 +189,7 @@ def test_labelled_images_come_first(tmp_path, monkeypatch):
 def test_movements_are_told_in_millimetres():
     u = torch.zeros(3, *GRIDS[3])
     u[0], u[2] = 2.0, 1.0  # voxels of 1.5 and 4 mm
-    sheet = pictures.field({0: torch.rand(GRIDS[3])}, {0: u}, (1.5, 2.0, 4.0))
+    sheet = volume_slices.field({0: torch.rand(GRIDS[3])}, {0: u}, (1.5, 2.0, 4.0))
     assert "test image 1\nslice 5 of 8\nmean 5.00 mm\nmost 5.00 mm" in words(sheet)
 
 
@@ -202,7 +214,7 @@ def test_volumes_are_shown_front_up_with_the_right_side_at_the_left():
 
 
 def test_pixels_have_the_shape_of_voxels(tmp_path):
-    square = pictures.fusion({0: torch.rand(3, 10, 10)}, {0: torch.rand(10, 10)}, MODALITIES, (2.0, 1.0))
+    square = volume_slices.fusion({0: torch.rand(3, 10, 10)}, {0: torch.rand(10, 10)}, MODALITIES, (2.0, 1.0))
     assert square.tall == pytest.approx(2 * 1.65)
-    content = io.BytesIO(square.save(tmp_path / "x.png").read_bytes())
+    content = io.BytesIO(write_png(square.figure, tmp_path / "x.png").read_bytes())
     assert Image.open(content).height > 300

@@ -17,7 +17,7 @@ from medfl.data import scanner
 from medfl.data.brain import Brain
 from medfl.data.calibration import calibration, statistics
 from medfl.data.phantom import Phantom
-from medfl.data.sample import UNLABELLED, Records, SiteData, present
+from medfl.data.sample import UNLABELLED, Records, SiteData, choose, present
 from medfl.data.sites import Sites, describe, pool
 from medfl.errors import ConfigError, DataError
 from tests.shared_data import shared
@@ -243,6 +243,7 @@ def test_a_sites_scanner_depends_on_no_other_site(records: Records) -> None:
         splits=("",) * len(rows),
         sites=tuple((records.sites or ())[row] for row in rows),
         masks=None,
+        regions={},
     )
     others = [site for site in whole if site.name != "south"]
     for site, same in zip(
@@ -250,6 +251,55 @@ def test_a_sites_scanner_depends_on_no_other_site(records: Records) -> None:
     ):
         assert (site.name, site.profile) == (same.name, same.profile)
         torch.testing.assert_close(site.train.images, same.train.images, rtol=0, atol=1e-5)
+
+
+def bumps(dims: int, size: int = 24) -> Records:
+    """80 patients with a smooth bump each, whose label map is `drawn` of the image; the first mask is not known."""
+    draw = torch.Generator().manual_seed(0)
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, size)] * dims, indexing="ij")
+    centres = torch.rand(80, dims, generator=draw) - 0.5
+    squares = sum((axis - centres[:, k].view(-1, *[1] * dims)) ** 2 for k, axis in enumerate(axes))
+    images = 2 * torch.exp(-torch.as_tensor(squares) / 0.15)[:, None] - 1
+    masks = drawn(images)
+    masks[0] = UNLABELLED
+    return Records(
+        images, torch.full((80,), -1), tuple(f"p{i}" for i in range(80)), ("",) * 80, None, (), (1.0,) * dims, masks,
+        regions={"rim": (1,), "core": (2,)},
+    )  # fmt: skip
+
+
+def drawn(images: torch.Tensor) -> torch.Tensor:
+    return ((images[:, 0] > -0.4).byte() + (images[:, 0] > 0.4)).byte()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_masks_stay_with_their_images_and_follow_the_field_of_view(dims: int) -> None:
+    records = bumps(dims)
+    sites = preset("scanner", count=2, profiles=["A", "G"], severity=5, min_images=8).partition(records, 0)
+    unknown = 0
+    for site in (*sites, pool(sites)):
+        assert site.regions == records.regions
+        for split in (site.train, site.val, site.test):
+            assert split.masks is not None
+            known = (split.masks != UNLABELLED).flatten(1).all(1)
+            unknown += int((~known).sum())
+            assert bool((split.masks[~known] == UNLABELLED).all())
+            expected = drawn(split.images[known])
+            same = (split.masks[known] == expected).float().mean()
+            assert same == 1 if site.profile == "A" else same > 0.985
+    assert unknown == 2  # at its site, and among all
+    moved = sites[1].train
+    still = choose(records, [records.patients.index(patient) for patient in moved.patients])
+    assert still.masks is not None
+    assert moved.masks is not None
+    known = (moved.masks != UNLABELLED).flatten(1).all(1)
+    wrong = [(masks[known] != drawn(moved.images[known])).float().mean().item() for masks in (still.masks, moved.masks)]
+    assert wrong[0] > 4 * wrong[1]
+    rows = describe(sites, None)["sites"]
+    assert [row["labelled"] for row in rows] == [
+        sum(not bool((mask == UNLABELLED).all()) for mask in site.train.masks) for site in sites
+    ]
+    assert rows[0]["regions"] == {"rim": rows[0]["labelled"], "core": rows[0]["labelled"]}
 
 
 # modalities
@@ -284,10 +334,14 @@ def test_every_site_keeps_its_own_modalities_and_says_so(heads: Records) -> None
     assert 0 < rows[1]["labelled"] < rows[1]["train"]
 
 
-def test_images_of_one_contrast_have_no_row_of_modalities(records: Records) -> None:
+def test_images_of_one_contrast_have_no_row_of_modalities_and_none_of_masks_without_them(records: Records) -> None:
     sites = preset("iid").partition(records, 0)
     assert sites[0].modalities == ()
-    assert not {"modalities", "labelled"} & describe(sites, None)["sites"][0].keys()
+    row = describe(sites, None)["sites"][0]
+    assert "modalities" not in row
+    assert (row["labelled"], row["regions"]) == (row["train"], {"lesion": row["train"]})
+    plain = preset("iid").partition(replace(records, masks=None, regions={}), 0)
+    assert not {"modalities", "labelled", "regions"} & describe(plain, None)["sites"][0].keys()
 
 
 def test_modalities_that_cannot_be_kept_are_refused(heads: Records, records: Records) -> None:
@@ -306,6 +360,13 @@ def test_modalities_that_cannot_be_kept_are_refused(heads: Records, records: Rec
     lacking[:, 2] = 0
     with pytest.raises(DataError, match=r"site 'site-2': \d+ of \d+ images have none of t1, the modalities that"):
         preset("iid", modalities=[["flair"], ["t1"]]).partition(replace(heads, images=lacking), 0)
+
+
+def test_records_refuse_masks_without_regions_and_the_reverse(records: Records) -> None:
+    with pytest.raises(ValueError, match=r"got masks and the regions \{\}, need both or neither"):
+        replace(records, regions={})
+    with pytest.raises(ValueError, match=r"got no masks and the regions .'lesion'"):
+        replace(records, masks=None)
 
 
 @pytest.mark.parametrize("names", [("flair", "t1"), ("flair", "t1ce", "t1", "t1"), ("Flair", "t1ce", "t1", "t2")])

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from medfl import config
 from medfl.config import build
+from medfl.data.sample import UNLABELLED
 from medfl.errors import ConfigError
 from medfl.views import compose
 from medfl.views.chance import Chance
 from medfl.views.compose import Views
 from medfl.views.intensity import noise, quantiles
+from medfl.views.paired import Paired
 from medfl.views.spatial import resample, rotations
 
 DEFAULT = yaml.safe_load((Path(__file__).parents[1] / "configs/views/default.yaml").read_text())
@@ -281,3 +284,66 @@ def test_every_config_makes_two_views(name):
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs/views"), version_base="1.3"):
         node = OmegaConf.to_container(hydra_compose(name), resolve=True)
     assert len(build(node)(images(2, 1, 8, 8, 8), key=0)) == 2
+
+
+# with masks
+
+
+def paired(changes: dict[str, Any], *, channels: int = 1, backend: str = "auto") -> tuple[Paired, Views]:
+    """Paired views, and the plain ones of the same recipe."""
+    plain = make(changes, backend=backend)
+    arguments = {"spatial": plain.spatial, "intensity": plain.intensity, "backend": backend}
+    return Paired(channels=channels, **arguments), plain
+
+
+def marked(*shape: int) -> Tensor:
+    """Smooth images in [-1, 1] and labels of them as a last channel; those of the last image are not known."""
+    x = images(*shape)
+    labels = (x[:, :1] > -0.2).float() + (x[:, :1] > 0.3)
+    labels[-1] = UNLABELLED
+    return torch.cat([x, labels], dim=1)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "torch"])
+@pytest.mark.parametrize("shape", [(6, 1, 40, 33), (4, 3, 40, 33), (4, 1, 24, 20, 26)])
+def test_masks_move_with_their_images_which_are_those_of_the_plain_views(shape, backend):
+    x, channels = marked(*shape), shape[1]
+    moving = ALWAYS | {"spatial.flip": 0.5} | {name: OFF[name] for name in OFF if name.startswith("intensity")}
+    both, plain = paired(moving, channels=channels, backend=backend)
+    views, alone = both(x, key=3, count=2), plain(x[:, :channels], key=3, count=2)
+    for view, expected in zip(views, alone, strict=True):
+        assert torch.equal(view[:, :channels], expected)
+        labels, image = view[:-1, channels], view[:-1, 0]
+        assert set(labels.unique().tolist()) <= {0, 1, 2}
+        assert bool((view[-1, channels] == UNLABELLED).all())
+        assert not torch.equal(labels, x[:-1, channels])
+        drawn = (image > -0.2).float() + (image > 0.3)
+        assert (labels == drawn).float().mean() > 0.95  # up to half a voxel at the borders
+        assert (labels - drawn).mean().abs() < 0.01
+    full, plain = paired(ALWAYS, channels=channels, backend=backend)
+    for view, expected, other in zip(full(x, key=3), plain(x[:, :channels], key=3), views, strict=True):
+        assert torch.equal(view[:, :channels], expected)
+        assert torch.equal(view[:, channels], other[:, channels])  # whatever is done to the grey values
+    assert all(map(torch.equal, full(x[:, :channels], key=3), plain(x[:, :channels], key=3)))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 9, 14), (2, 1, 7, 5, 11)])
+def test_flips_move_masks_voxel_by_voxel_and_each_image_for_itself(shape):
+    x = marked(*shape)
+    flipped = paired(OFF | {"spatial.flip": 1.0})[0](x, key=0, count=1)[0]
+    torch.testing.assert_close(flipped, x.flip(*range(2, x.ndim)), rtol=0, atol=2e-6)
+    views = paired(ALWAYS)[0]
+    alone = views(torch.cat([x[:1], torch.zeros_like(x[:1])]), key=5)
+    for whole, part in zip(views(x, key=5), alone, strict=True):
+        torch.testing.assert_close(part[0], whole[0], atol=1e-6, rtol=0)
+
+
+def test_the_paired_recipe_follows_the_data():
+    for words in (["data=phantom", "data.channels=3"], ["data=phantom", "data.spatial_dims=3"]):
+        study = config.compose([*words, "views=paired"])
+        views = build(study.views)
+        assert (views.keeps_masks, views.channels) == (True, study.data["channels"])
+    with pytest.raises(ValueError, match="got 1 channels, need the 3 of an image or more"):
+        paired({}, channels=3)[0](torch.zeros(2, 1, 8, 8), key=0)
+    with pytest.raises(ConfigError, match=r"views\.channels: got 0"):
+        paired({}, channels=0)

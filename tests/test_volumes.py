@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medfl import config
 from medfl.data.sample import UNLABELLED, SiteData, Split
+from medfl.data.subject import REGIONS
 from medfl.errors import ConfigError
 from medfl.evaluation.at_site import probe
 from medfl.evaluation.fusion_metrics import FUSION
@@ -27,6 +28,9 @@ PLAN = Evaluation(
     resamples=50,
     batch_size=2,
     window=None,
+    fractions=(1.0,),
+    counts=None,
+    pictures="none",
 )
 
 
@@ -58,7 +62,8 @@ def method(encoder: nn.Module) -> Method:
 def site(images: Tensor, masks: Tensor | None, classes: tuple[str, ...] = ()) -> SiteData:
     count = len(images)
     split = Split(images, torch.arange(count) % 2 if classes else -torch.ones(count).long(), names(count), masks)
-    return SiteData("A", split, split, split, classes, (1.0,) * (images.ndim - 2), "", held_out=False)
+    regions = {} if masks is None else REGIONS
+    return SiteData("A", split, split, split, classes, (1.0,) * (images.ndim - 2), "", held_out=False, regions=regions)
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -140,12 +145,17 @@ def test_segmentation_scores_each_labelled_image() -> None:
     masks = truth(x)
     masks[1] = UNLABELLED
     masks[2] = 0
-    table = segmentation(Net(), site(x, masks).test, PLAN, CPU, spacing=(1, 1, 1))
+    table = segmentation(Net(), site(x, masks).test, PLAN, CPU, spacing=(1, 1, 1), regions=REGIONS)
     assert table.patients == ("patient-0", "patient-2", "patient-3")
     assert table.columns["dice_wt"].tolist() == [1, 0, 1]
     assert table.columns["hd95_wt"].tolist() == pytest.approx([0, math.hypot(*SIZE), 0])
     np.testing.assert_array_equal(table.columns["dice_wt_present"], [1, math.nan, 1])
-    assert segmentation(Net(), site(x, None).test, PLAN, CPU, spacing=(1, 1, 1)) == Table({}, ())
+    assert segmentation(Net(), site(x, None).test, PLAN, CPU, spacing=(1, 1, 1), regions={}) == Table({}, ())
+    parts = {"low": (1,), "high": (2, 3)}
+    other = segmentation(Net(), site(x, masks).test, PLAN, CPU, spacing=(1, 1, 1), regions=parts).columns
+    assert (other["dice_low"].tolist(), other["iou_high"].tolist()) == ([1, 0, 1], [1, 0, 1])
+    assert other["dice"].tolist() == [1, 0, 1]
+    assert not [name for name in other if "wt" in name]
 
 
 def test_averages_leave_out_what_is_undefined() -> None:
@@ -169,12 +179,20 @@ def test_averages_leave_out_what_is_undefined() -> None:
 def test_the_probe_names_what_may_leave_and_pairs_the_protocols() -> None:
     x = subjects(4)
     x[3, :2] = 0
-    metrics = probe(method(Net()), site(x, truth(x)), PLAN, CPU, seed=0)
+    metrics, predictions = probe(method(Net()), site(x, truth(x)), PLAN, CPU, seed=0)
+    assert predictions == {}
     assert all(METRIC.fullmatch(name) and math.isfinite(value) for name, value in metrics.items())
     assert {name.split("/")[0] for name in metrics} == {"fusion", "average", "segmentation"}
     assert metrics["segmentation/dice_wt/value"] == 1
     assert metrics["fusion/n_test/value"] == 3
     assert metrics["segmentation/n_test/value"] == 4
+    whole = Method()
+    whole.encoder = Plain()
+    whole.segment = Net().segment
+    alone = probe(whole.eval(), site(x, truth(x)), dataclasses.replace(PLAN, protocols=("segmentation",)), CPU, seed=0)[
+        0
+    ]
+    assert alone == {name: value for name, value in metrics.items() if name.startswith("segmentation")}
     expected = float(FUSION["ssim"](x[:3].amax(1, keepdim=True), x[:3]).mean())
     assert metrics["fusion/ssim/value"] == pytest.approx(expected, abs=1e-6)
     assert metrics["average/ssim/low"] < metrics["average/ssim/value"] < metrics["average/ssim/high"]
@@ -183,16 +201,15 @@ def test_the_probe_names_what_may_leave_and_pairs_the_protocols() -> None:
 def test_a_site_with_nothing_to_score_says_nothing() -> None:
     x = subjects(2)
     x[:, 1:] = 0
-    assert probe(method(Net()), site(x, None), PLAN, CPU, seed=0) == {}
-    assert probe(method(Net()), site(x, torch.full_like(truth(x), UNLABELLED)), PLAN, CPU, seed=0) == {}
-    assert probe(method(Net()), site(x[:0], None), PLAN, CPU, seed=0) == {}
+    for data in (site(x, None), site(x, torch.full_like(truth(x), UNLABELLED)), site(x[:0], None)):
+        assert probe(method(Net()), data, PLAN, CPU, seed=0) == ({}, {})
 
 
 def test_other_protocols_stay_and_need_classes() -> None:
     x = subjects(8, (44, 42))
     plan = dataclasses.replace(PLAN, protocols=("knn", "fusion"))
-    without = probe(method(Net()), site(x, None), plan, CPU, seed=0)
-    both = probe(method(Net()), site(x, None, ("a", "b")), plan, CPU, seed=0)
+    without = probe(method(Net()), site(x, None), plan, CPU, seed=0)[0]
+    both = probe(method(Net()), site(x, None, ("a", "b")), plan, CPU, seed=0)[0]
     assert {name.split("/")[0] for name in without} == {"fusion", "average"}
     assert {name.split("/")[0] for name in both} == {"fusion", "average", "knn"}
     assert {name: both[name] for name in without} == without

@@ -13,16 +13,19 @@ USAGE = 2
 
 def commands() -> dict[str, Command]:
     """Name → command; a command's help is its docstring."""
-    from medfl.cli import research, synthetic
+    from medfl.cli import compare, exports, prepare, research, synthetic
 
     return {
+        "prepare": prepare.prepare,
         "simulate": research.simulate,
         "synthesize": synthetic.synthesize,
         "share": synthetic.share,
+        "finetune": research.finetune,
         "evaluate": research.evaluate,
         "transfer": research.transfer,
         "report": research.report,
-        "export": research.export,
+        "compare": compare.compare,
+        "export": exports.export,
     }
 
 

@@ -6,29 +6,22 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from medfl.run_folder import Event, RunFolder
+from medfl.report.words import HEADLINES, TUNED
+from medfl.run_folder import TRAININGS, Event, RunFolder
 from medfl.study import Study
-
-RESULTS = {  # (protocol, metric) -> what the table at the end is titled
-    ("linear", "auc"): "linear-probe AUC on the frozen encoder",
-    ("segmentation", "dice_wt"): "Dice of the whole tumour",
-    ("fusion", "ssim"): "SSIM of the fused image and its sources",
-}
 
 
 class Progress:
     """The arm that trains, its round and loss, and the time left for all arms, from what rounds took so far."""
 
-    def __init__(self, console: Console, study: Study, stages: Sequence[str]) -> None:
+    def __init__(self, console: Console, study: Study) -> None:
         self.console, self.study = console, study
-        self.arms = 0
-        self.trains = "pretrain" in stages
-        self.done = 0
+        self.planned = self.done = 0
         self.began = time.monotonic()
         self.said: set[tuple[str, str]] = set()
         self.bars = Bars(
@@ -59,11 +52,10 @@ class Progress:
             self.console.print(f"[green]joined[/] {event.site}, from round {event.round}", soft_wrap=True)
         elif event.name in ("checkpoint/damaged", "remark"):
             self._remark(event)
-        elif event.stage == "enrol" and event.name == "site/train":
-            self.arms += 1
-            rounds = _trained_arms(self.study, self.arms - 1) * self.study.rounds.count
-            self.bars.update(self.task, total=max(1, rounds if self.trains else 1))
-        elif event.stage == "pretrain" and event.name == "loss/total" and not event.site:
+        elif event.name == "planned":
+            self.planned += int(event.value)
+            self.bars.update(self.task, total=max(1, self.planned))
+        elif event.stage in TRAININGS and event.name == "loss/total" and not event.site:
             self._round(event)
 
     def _remark(self, event: Event) -> None:
@@ -77,15 +69,11 @@ class Progress:
         self.done += 1
         total = self.bars.tasks[0].total or 1
         left = (time.monotonic() - self.began) / self.done * max(0.0, total - self.done)
-        note = f"round {event.round}/{self.study.rounds.count}  loss {event.value:.3f}  {_minutes(left)} left"
+        rounds = self.study.rounds.count if event.stage == "pretrain" else self.study.finetune.rounds
+        note = f"round {event.round}/{rounds}  loss {event.value:.3f}  {_minutes(left)} left"
         self.bars.update(self.task, completed=self.done, description=event.arm, note=note)
         if not self.console.is_terminal:
             self.console.print(f"{event.arm:<22} {note}", soft_wrap=True)
-
-
-def _trained_arms(study: Study, sites: int) -> int:
-    each = {"federated": 1, "local": sites, "central": 1, "random": 0}
-    return sum(each[arm] for arm in study.arms)
 
 
 def _minutes(seconds: float) -> str:
@@ -127,17 +115,27 @@ def _shift_line(shift: dict[str, Any]) -> str:
     return "site shift: " + ", ".join(words) if words else ""
 
 
-def summary(folder: RunFolder) -> Table | str:
-    """The first of `RESULTS` that was measured, for every arm, and where everything is."""
-    written = [row for row in folder.evaluations() if row["value"]]
-    tables = {title: [r for r in written if (r["protocol"], r["metric"]) == key] for key, title in RESULTS.items()}
-    title, rows = next(((title, rows) for title, rows in tables.items() if rows), ("", []))
-    if not rows:
-        return _files(folder)
+def summary(folder: RunFolder) -> Group:
+    """The study's result for every arm, the same of each way of fine-tuning, and where everything is."""
+    rows = [row for row in folder.evaluations() if row["value"]]
+    measured = {(row["protocol"], row["metric"]) for row in rows}
+    titles = [key for key in HEADLINES if key in measured]
+    shown = [key for place, key in enumerate(titles) if place == 0 or key[0] in TUNED]
+    return Group(*(_scores(HEADLINES[key], _of(rows, *key)) for key in shown), _files(folder))
+
+
+def _of(rows: Sequence[dict[str, str]], protocol: str, metric: str) -> list[dict[str, str]]:
+    """The rows of one metric with the largest share of the labels."""
+    found = [row for row in rows if (row["protocol"], row["metric"]) == (protocol, metric)]
+    most = max(float(row["label_fraction"]) for row in found)
+    return [row for row in found if float(row["label_fraction"]) == most]
+
+
+def _scores(title: str, rows: Sequence[dict[str, str]]) -> Table:
+    """Arms by site, and their means."""
     arms = list(dict.fromkeys(_group(row["arm"]) for row in rows))
     sites = list(dict.fromkeys(row["site"] for row in rows))
-    table = Table(title=f"{title} (95 % interval)", title_justify="left",
-                  caption=_files(folder), caption_justify="left")  # fmt: skip
+    table = Table(title=f"{title} (95 % interval)", title_justify="left")
     for name in ("arm", *sites, "mean"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm in arms:

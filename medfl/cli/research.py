@@ -44,13 +44,24 @@ def simulate(words: Sequence[str]) -> None:
     _run(study, study.stages, resume, command=f"medfl simulate {shlex.join(words)}".strip())
 
 
+def finetune(words: Sequence[str]) -> None:
+    """Train a run's encoders further with labels or masks, and evaluate: medfl finetune RUN.
+
+    medfl finetune RUN                                             with the run's own settings
+    medfl finetune RUN finetune.fractions=[0.1,1.0] run.dir=NEW    with others: a study of its own, in a new folder
+
+    Any key of the study can be set; NEW takes the encoders of RUN as they are.
+    """
+    _rerun("finetune", words, ("finetune", "evaluate", "transfer", "report"))
+
+
 def evaluate(words: Sequence[str]) -> None:
-    """Evaluate a run's encoders at every site: medfl evaluate RUN."""
+    """Evaluate a run's encoders at every site: medfl evaluate RUN [key=value ... run.dir=NEW]."""
     _rerun("evaluate", words, ("evaluate", "report"))
 
 
 def transfer(words: Sequence[str]) -> None:
-    """Cross-site transfer matrix of a run: medfl transfer RUN."""
+    """Cross-site transfer matrices of a run: medfl transfer RUN [key=value ... run.dir=NEW]."""
     _rerun("transfer", words, ("evaluate", "transfer", "report"))
 
 
@@ -64,36 +75,19 @@ def report(words: Sequence[str]) -> None:
     print(f"wrote {write(folder.path)}")
 
 
-def export(words: Sequence[str]) -> None:
-    """Check a run's encoder and copy it to a folder: medfl export RUN to=FOLDER [arm=federated]."""
-    if _wants_help(export, words):
-        return
-    import torch
-
-    from medfl.export import copy_encoder, load_encoder
-
-    run, rest = run_argument("export", words)
-    options = dict(word.split("=", 1) for word in rest if "=" in word)
-    if "to" not in options or options.keys() - {"to", "arm"} or len(options) < len(rest):
-        raise ConfigError("usage: medfl export RUN to=FOLDER [arm=federated|central|random|local:SITE]")
-    source = RunFolder.open(Path(run)).arm(options.get("arm", "federated"))
-    target = copy_encoder(source, Path(options["to"]))
-    facts = json.loads((target / "encoder.json").read_text())
-    shape = [facts["input"]["channels"], *[facts["input"]["size"]] * facts["input"]["spatial_dims"]]
-    with torch.no_grad():
-        width = load_encoder(target)(torch.zeros(1, *shape)).shape[1]
-    print(f"wrote {target}/encoder.safetensors (SHA-256 {facts['sha256'][:16]}…): {shape} image → {width} features")
-    print(f"use it:  from medfl.export import load_encoder; encoder = load_encoder(Path({str(target)!r}))")
-
-
 def _rerun(name: str, words: Sequence[str], stages: Sequence[str]) -> None:
     if _wants_help(globals()[name], words):
         return
     run, rest = run_argument(name, words)
-    if rest:
-        raise ConfigError(f"medfl {name} takes the run's own study; got {rest[0]!r}. Give overrides to medfl simulate.")
     folder = RunFolder.open(Path(run))
-    _run(config.parse(folder.config()), stages, True, command="")
+    if not rest:
+        _run(config.parse(folder.config()), stages, True, command="")
+        return
+    if not any(word.startswith("run.dir=") for word in rest):
+        raise ConfigError(f"got {rest[0]!r}: other settings make another study. Add run.dir=NEW, a new folder for it.")
+    given = [word for word in rest if not word.startswith("resume=")]
+    study = config.changed(folder.config(), ["run.state_dir=null", *given, f"run.encoders={folder.path}"])
+    _run(study, ("pretrain", *stages), _resumes(rest), command=f"medfl {name} {shlex.join(words)}")
 
 
 def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> None:
@@ -104,6 +98,7 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     from medfl.data.calibration import calibration
     from medfl.data.sites import describe
     from medfl.site_synthesis import read_record
+    from medfl.tracking import tracked
     from medfl.training import Device
     from medfl.workshop import sites_of
     from server.app import app as server
@@ -118,7 +113,12 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
     console.print(sites_table(study, facts))
     # One node more than sites: the place with all data, where the central arm trains.
     asked: dict[str, str | int] = {"study": study.source, "stages": ",".join(stages), "sites": len(sites) + 1}
-    with Progress(console, study, stages) as progress, RunFolder.watched(progress.show), progress_in(console):
+    with (
+        tracked(folder, study, tensorboard=study.tensorboard, mlflow=study.mlflow),
+        Progress(console, study) as progress,
+        RunFolder.watched(progress.show),
+        progress_in(console),
+    ):
         carry(server, client, asked, carrier=study.rounds.carrier, threads=plan.threads)
     if "synthesize" in stages:
         made = sorted((Path(study.state_dir) / "synthetic").glob("*/curation.json"))

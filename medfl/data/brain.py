@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medfl.data.sample import UNLABELLED, Records, number, require, whole
+from medfl.data.subject import REGIONS
 from medfl.seeding import generator
 
 FIELD_OF_VIEW = 192.0  # mm, across the plane
@@ -104,6 +105,7 @@ class Brain:
             spacing=(FIELD_OF_VIEW / self.size,) * self.spatial_dims,
             masks=masks.view(self.count, *self._grid),
             modalities=tuple(self.modalities),
+            regions=REGIONS,
         )
 
     @property

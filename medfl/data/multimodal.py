@@ -13,7 +13,7 @@ from medfl.data import subject
 from medfl.data.datalist import Row, cells, read_rows, split_of
 from medfl.data.sample import SPLITS, UNLABELLED, Records, named, number, require, whole
 from medfl.data.splits import check_patients
-from medfl.data.subject import CONVENTIONS, NORMALIZATIONS, Files
+from medfl.data.subject import CONVENTIONS, NORMALIZATIONS, REGIONS, Files
 from medfl.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class Multimodal:
             spacing=(float(self.spacing),) * self.spatial_dims,
             masks=masks if self.mask else None,
             modalities=tuple(self.modalities),
+            regions=REGIONS if self.mask else {},
         )
 
     @property

@@ -92,6 +92,7 @@ class Phantom:
             classes=tuple(self.classes),
             spacing=(64.0 / self.size,) * self.spatial_dims,  # the field of view is 64 mm
             masks=masks.view(self.count, *grid),
+            regions={"lesion": (1,)},
         )
 
     def _render(self, owner: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,6 +29,7 @@ class Records:
         spacing: mm along each axis of the grid.
         masks: (N, *S) uint8, or None. `UNLABELLED` in every voxel: not known for this image.
         modalities: the contrast in each channel, such as ("flair", "t1"), or () where channels are not contrasts.
+        regions: what is scored in the masks, name -> the labels that make it up; {} without masks.
 
     Raises:
         ValueError: lengths, shapes, types or names that contradict each other.
@@ -43,6 +44,7 @@ class Records:
     spacing: tuple[float, ...]
     masks: Tensor | None
     modalities: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count, grid = len(self.images), tuple(self.images.shape[2:])
@@ -55,6 +57,9 @@ class Records:
             raise ValueError(f"records: got a spacing of {len(self.spacing)} axes for a grid of {len(grid)}.")
         if self.masks is not None and tuple(self.masks.shape) != (count, *grid):
             raise ValueError(f"records: got masks {tuple(self.masks.shape)}, need {(count, *grid)}.")
+        if (self.masks is None) == bool(self.regions):
+            got = "no masks" if self.masks is None else "masks"
+            raise ValueError(f"records: got {got} and the regions {dict(self.regions)}, need both or neither.")
         if strange := set(self.splits) - {*SPLITS, ""}:
             raise ValueError(f"records: got split {sorted(strange)[0]!r}, need one of {', '.join(SPLITS)}.")
         if self.modalities and not (named(self.modalities) and len(self.modalities) == self.images.shape[1]):
@@ -84,7 +89,7 @@ class Split:
 class SiteData:
     """Everything that one site holds. `held_out`: the site is evaluated, but never trains.
 
-    `modalities` as in `Records`: the names of all channels, whatever this site has of them.
+    `modalities` and `regions` as in `Records`: the names of all channels and regions, whatever this site has of them.
     """
 
     name: str
@@ -96,6 +101,7 @@ class SiteData:
     profile: str
     held_out: bool
     modalities: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -130,11 +136,6 @@ def join(splits: Sequence[Split]) -> Split:
         patients=tuple(patient for split in splits for patient in split.patients),
         masks=torch.cat(masks) if len(masks) == len(splits) else None,
     )
-
-
-def with_images(split: Split, images: Tensor) -> Split:
-    """The same split with other pixels."""
-    return replace(split, images=images)
 
 
 def present(images: Tensor) -> Tensor:

@@ -15,64 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.data.volume import resampler
-from medfl.errors import ConfigError
+from medfl.data.profiles import SHARED, STAINS, Profile, find, profile_at
+from medfl.data.sample import labelled
+from medfl.data.volume import majority, resampler
 from medfl.seeding import generator
 
 REFERENCE_SIZE = 28  # voxels per side for which the blur is given; larger grids blur in proportion
 JITTER = 0.2
 CHUNK = 2**21  # voxels at once
-
-# rows: optical density of haematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001)
-STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a scanner does, per unit of severity.
-
-    zoom: relative change of the field of view. blur: Gaussian SD in voxels of a 28-grid. thickness: relative
-        growth of
-    the slices along one axis. ghost: weight of a displaced copy. bias: largest coefficient of the
-    log-polynomial illumination field. gamma: relative change of the exponent. gain, offset: of the [0, 1]
-    grey scale. noise: SD on the same scale, of the kind `law` ("poisson", "rician" or "speckle"). stain: SD
-    of the colour components. jpeg: loss of quality from 90. one_axis: blur acts along one axis of the site,
-    not along all.
-    """
-
-    title: str
-    zoom: float = 0.0
-    blur: float = 0.0
-    thickness: float = 0.0
-    ghost: float = 0.0
-    bias: float = 0.0
-    gamma: float = 0.0
-    gain: float = 0.0
-    offset: float = 0.0
-    noise: float = 0.0
-    law: str = "poisson"
-    stain: float = 0.0
-    jpeg: float = 0.0
-    one_axis: bool = False
-
-
-SHARED = {
-    "A": Profile("reference"),
-    "B": Profile("contrast", gamma=0.15, gain=0.06, offset=0.04),
-    "E": Profile("illumination", bias=0.1),
-    "G": Profile("geometry", zoom=0.05),
-}
-PLANAR = SHARED | {
-    "C": Profile("low dose", noise=0.03, law="poisson"),
-    "D": Profile("soft kernel", blur=0.25),
-    "F": Profile("stain and compression", stain=0.03, jpeg=14.0),
-    "U": Profile("unseen", blur=0.25, gamma=0.15, gain=0.06, offset=0.04, noise=0.04, law="speckle"),
-}
-VOLUMETRIC = SHARED | {
-    "C": Profile("low field", noise=0.03, law="rician"),
-    "D": Profile("thick slices", blur=0.25, thickness=0.5, one_axis=True),
-    "U": Profile("unseen", ghost=0.08, blur=0.15, bias=0.1, one_axis=True),
-}
 
 
 @dataclass(frozen=True)
@@ -84,28 +34,6 @@ class Site:
     signs: Tensor  # (8,) -1 | 1
     axis: int
     coefficients: Tensor  # (P,) in [-1, 1]
-
-
-def title(name: str, spatial_dims: int) -> str:
-    """What to call a profile: its letter and what it does; other names stay as they are."""
-    known = PLANAR if spatial_dims == 2 else VOLUMETRIC
-    return f"{name} ({known[name].title})" if name in known else name
-
-
-def find(name: str, spatial_dims: int, channels: int) -> Profile:
-    """The profile of that letter for 2D or 3D.
-
-    Raises:
-        ConfigError: unknown letter, or a colour profile for grey images.
-    """
-    known = PLANAR if spatial_dims == 2 else VOLUMETRIC
-    if name not in known:
-        raise ConfigError(
-            f"sites.profiles: got {name!r}, need letters of {', '.join(sorted(known))} in {spatial_dims}D."
-        )
-    if known[name].stain and channels != 3:
-        raise ConfigError(f"sites.profiles: {name!r} needs colour images (3 channels), got {channels}. Leave it out.")
-    return known[name]
 
 
 def scan(images: Tensor, profile: str, severity: float, *, site: int, samples: Sequence[int]) -> Tensor:
@@ -141,6 +69,19 @@ def scan(images: Tensor, profile: str, severity: float, *, site: int, samples: S
     return torch.cat(parts)
 
 
+def follow(masks: Tensor, profile: str, severity: float, *, site: int, samples: Sequence[int]) -> Tensor:
+    """Labels (N, *S) uint8 where `scan` leaves the anatomy of their images: only the field of view moves it."""
+    s = profile_at(find(profile, masks.ndim - 1, channels=len(STAINS)), severity)  # `scan` looks at the channels
+    if not s.zoom:
+        return masks
+    machine, moved = _machine(site, masks.ndim - 1), masks.clone()
+    for row in torch.nonzero(labelled(masks))[:, 0].tolist():
+        mask, vary = masks[row], _variation([generator(site, samples[row])])
+        every = range(int(mask.max()) + 1)
+        moved[row] = majority(_zoomed((mask == label).float()[None, None], s, machine, vary)[0, 0] for label in every)
+    return moved
+
+
 def _machine(site: int, dims: int) -> Site:
     rng = generator(site, "machine")
     signs = torch.randint(2, (8,), generator=rng) * 2.0 - 1
@@ -152,7 +93,7 @@ def _scan_chunk(
     images: Tensor, profile: Profile, severity: float, machine: Site, rngs: Sequence[torch.Generator]
 ) -> Tensor:
     s = profile_at(profile, severity)
-    vary = 1 + JITTER * (torch.stack([torch.rand(8, generator=rng) for rng in rngs]) * 2 - 1)  # (n, 8)
+    vary = _variation(rngs)
     grey = (images + 1) / 2
     grey = _resolve(grey, s, machine, vary)
     if s.bias:
@@ -167,10 +108,9 @@ def _scan_chunk(
     return grey.clamp(0, 1) * 2 - 1
 
 
-def profile_at(profile: Profile, severity: float) -> Profile:
-    """All strengths of a profile times the severity."""
-    values = {name: value * severity for name, value in vars(profile).items() if type(value) is float}
-    return Profile(**{**vars(profile), **values})
+def _variation(rngs: Sequence[torch.Generator]) -> Tensor:
+    """Factors (n, 8) about 1: the first draw of every image's stream."""
+    return 1 + JITTER * (torch.stack([torch.rand(8, generator=rng) for rng in rngs]) * 2 - 1)
 
 
 def _resolve(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
@@ -183,8 +123,7 @@ def _resolve(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
         length = grey.shape[axis + 2]
         matrix = torch.eye(length)[None]
         if s.zoom:
-            sign = machine.signs[0] if dims == 2 else machine.signs[axis]  # 3D: other voxel proportions
-            matrix = resampler(length, length, 1 / (1 + sign * s.zoom * vary[:, 0]))
+            matrix = _zoom(axis, grey, s, machine, vary)
         if s.blur and (along or not s.one_axis):
             matrix = _gaussian(length, s.blur * size / REFERENCE_SIZE * vary[:, 1]) @ matrix
         if s.thickness and along:
@@ -195,10 +134,28 @@ def _resolve(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
             weight = (s.ghost * vary[:, 5]).clamp_max(0.45)[:, None, None]
             matrix = ((1 - weight) * torch.eye(length) + weight * torch.eye(length).roll(length // 3, 0)) @ matrix
         if not torch.equal(matrix, torch.eye(length)[None]):
-            lines = grey.movedim(axis + 2, -1)
-            moved = lines.flatten(1, -2) @ matrix.transpose(1, 2)  # (n, C * rest, length)
-            grey = moved.view(lines.shape).movedim(-1, axis + 2)
+            grey = _along(axis, grey, matrix)
     return grey
+
+
+def _zoom(axis: int, grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
+    """The change of the field of view along an axis, (n, length, length)."""
+    sign = machine.signs[0] if grey.ndim == 4 else machine.signs[axis]  # 3D: other voxel proportions
+    length = grey.shape[axis + 2]
+    return resampler(length, length, 1 / (1 + sign * s.zoom * vary[:, 0]))
+
+
+def _zoomed(grey: Tensor, s: Profile, machine: Site, vary: Tensor) -> Tensor:
+    for axis in range(grey.ndim - 2):
+        grey = _along(axis, grey, _zoom(axis, grey, s, machine, vary))
+    return grey
+
+
+def _along(axis: int, grey: Tensor, matrix: Tensor) -> Tensor:
+    """Images (n, C, *S) times matrices (n or 1, length, length) along one axis."""
+    lines = grey.movedim(axis + 2, -1)
+    moved = lines.flatten(1, -2) @ matrix.transpose(1, 2)  # (n, C * rest, length)
+    return moved.view(lines.shape).movedim(-1, axis + 2)
 
 
 def _gaussian(length: int, sd: Tensor) -> Tensor:

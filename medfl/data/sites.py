@@ -4,10 +4,13 @@ size.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from medfl.data import scanner
+import torch
+from torch import Tensor
+
+from medfl.data import profiles, scanner
 from medfl.data.allocation import Minima, allocate, shares, sizes
 from medfl.data.calibration import Calibration
 from medfl.data.sample import (
@@ -23,9 +26,8 @@ from medfl.data.sample import (
     present,
     require,
     whole,
-    with_images,
 )
-from medfl.data.splits import assign, check_patients, label_of_patient
+from medfl.data.splits import check_patients, complete, label_of_patient
 from medfl.errors import ConfigError, DataError
 from medfl.seeding import key
 
@@ -103,8 +105,7 @@ class Sites:
         if self.natural:
             self._check_natural(records)
         labels = label_of_patient(records.patients, records.labels.tolist())
-        splits = _complete_splits(records, labels, seed, by_site=self.natural)
-        _check_splits(splits)
+        splits = complete(records, labels, seed, by_site=self.natural)
         places = (records.sites if self.natural else None) or self._simulated(records, labels, splits, seed)
         samples = sample_keys(records.patients)
         rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
@@ -188,11 +189,11 @@ class Sites:
                 return _keep(part, self._modalities(name), records.modalities, name)
             if profile == NATURAL:
                 return part
-            keys = [samples[row] for row in rows[which]]
-            return with_images(
-                part,
-                scanner.scan(part.images, profile, self.severity, site=key(seed, "scanner", name), samples=keys),
-            )
+            keys, machine = [samples[row] for row in rows[which]], key(seed, "scanner", name)
+            images, masks = scanner.scan(part.images, profile, self.severity, site=machine, samples=keys), part.masks
+            if masks is not None:
+                masks = scanner.follow(masks, profile, self.severity, site=machine, samples=keys)
+            return replace(part, images=images, masks=masks)
 
         return SiteData(
             name=name,
@@ -204,6 +205,7 @@ class Sites:
             profile=profile,
             held_out=held_out,
             modalities=records.modalities,
+            regions=records.regions,
         )
 
     def _modalities(self, name: str) -> Sequence[str]:
@@ -224,7 +226,7 @@ def _keep(part: Split, kept: Sequence[str], known: Sequence[str], site: str) -> 
             f"site {site!r}: {empty} of {len(images)} images have none of {', '.join(kept)}, the modalities that "
             "sites.modalities leaves this site. Add a name to its list, or leave such subjects out of the data."
         )
-    return with_images(part, images)
+    return replace(part, images=images)
 
 
 def sample_keys(patients: Sequence[str]) -> list[int]:
@@ -237,23 +239,6 @@ def sample_keys(patients: Sequence[str]) -> list[int]:
         keys.append(key(patient, seen[patient]))
         seen[patient] += 1
     return keys
-
-
-def _complete_splits(records: Records, labels: dict[str, int], seed: int, *, by_site: bool) -> list[str]:
-    places: dict[str, str] = {}
-    for patient, site in zip(records.patients, records.sites or records.patients, strict=True):
-        places[patient] = min(site, places.get(patient, site)) if by_site else ""
-    missing = {p for p, split in zip(records.patients, records.splits, strict=True) if not split}
-    chosen = assign({patient: (places[patient], labels[patient]) for patient in missing}, seed)
-    return [split or chosen[p] for p, split in zip(records.patients, records.splits, strict=True)]
-
-
-def _check_splits(splits: Sequence[str]) -> None:
-    if absent := [split for split in SPLITS if split not in splits]:
-        raise DataError(
-            f"the data have no {absent[0]!r} images. Mark some in the split column, add patients, or set "
-            "data.split=null to have splits assigned by patient."
-        )
 
 
 def pool(sites: Sequence[SiteData]) -> SiteData:
@@ -271,6 +256,7 @@ def pool(sites: Sequence[SiteData]) -> SiteData:
         profile="+".join(sorted({site.profile for site in members})),
         held_out=False,
         modalities=members[0].modalities,
+        regions=members[0].regions,
     )
 
 
@@ -281,9 +267,9 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
             "name": site.name,
             **{split: len(getattr(site, split)) for split in SPLITS},
             "classes": {name: int((site.train.labels == i).sum()) for i, name in enumerate(site.classes)},
-            "profile": scanner.title(site.profile, len(site.spacing)),
+            "profile": profiles.title(site.profile, len(site.spacing)),
             "held_out": site.held_out,
-            **(_holdings(site) if site.modalities else {}),
+            **_holdings(site),
         }
         for site in sites
     ]
@@ -291,7 +277,19 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
 
 
 def _holdings(site: SiteData) -> dict[str, Any]:
-    """How many training images have each modality, and how many a known mask."""
-    counts = present(site.train.images).sum(0).tolist()
-    known = 0 if site.train.masks is None else int(labelled(site.train.masks).sum())
-    return {"modalities": dict(zip(site.modalities, counts, strict=True)), "labelled": known}
+    """How many training images have each modality, a known mask, and something of each region; {} without both."""
+    found: dict[str, Any] = {}
+    if site.modalities:
+        counts = present(site.train.images).sum(0).tolist()
+        found["modalities"] = dict(zip(site.modalities, counts, strict=True))
+    if site.modalities or site.regions:
+        masks = site.train.masks
+        drawn = torch.empty(0, 1) if masks is None else masks[labelled(masks)].flatten(1)
+        found["labelled"] = len(drawn)
+        found["regions"] = {name: int(_holding(drawn, labels).sum()) for name, labels in site.regions.items()}
+    return found
+
+
+def _holding(masks: Tensor, labels: Sequence[int]) -> Tensor:
+    """Which masks (n, P) have a voxel of these labels, (n,)."""
+    return torch.stack([(masks == label).any(1) for label in labels]).any(0)

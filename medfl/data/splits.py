@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
-from medfl.data.sample import SPLITS
+from medfl.data.sample import SPLITS, Records
 from medfl.errors import DataError
 from medfl.seeding import key
 
@@ -45,6 +45,29 @@ def assign(strata: Mapping[str, Hashable], seed: int) -> dict[str, str]:
         for rank, patient in enumerate(ranked):
             chosen[patient] = SPLITS[2] if rank < test else SPLITS[1] if rank < test + val else SPLITS[0]
     return chosen
+
+
+def complete(records: Records, labels: Mapping[str, int], seed: int, *, by_site: bool) -> list[str]:
+    """The split of every image: the given one, else one assigned to its patient, within each label (and site).
+
+    Args:
+        labels: of each patient.
+
+    Raises:
+        DataError: a split without an image.
+    """
+    places: dict[str, str] = {}
+    for patient, site in zip(records.patients, records.sites or records.patients, strict=True):
+        places[patient] = min(site, places.get(patient, site)) if by_site else ""
+    missing = {p for p, split in zip(records.patients, records.splits, strict=True) if not split}
+    chosen = assign({patient: (places[patient], labels[patient]) for patient in missing}, seed)
+    splits = [split or chosen[p] for p, split in zip(records.patients, records.splits, strict=True)]
+    if absent := [split for split in SPLITS if split not in splits]:
+        raise DataError(
+            f"the data have no {absent[0]!r} images. Mark some in the split column, add patients, or set "
+            "data.split=null to have splits assigned by patient."
+        )
+    return splits
 
 
 def label_of_patient(patients: Sequence[str], labels: Sequence[int]) -> dict[str, int]:

@@ -5,7 +5,7 @@ then all are brought to the wanted spacing about their common centre. Masks foll
 be half a voxel off wherever the new grid lies between two of the old one, as at twice the spacing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.data.volume import resampler
+from medfl.data.label_map import ROUNDING, SAME_PLACE
+from medfl.data.volume import majority, resampler
 from medfl.errors import DataError
 
 NORMALIZATIONS = ("robust", "code")
@@ -24,10 +25,9 @@ CONVENTIONS = {  # label in the file -> 1 necrotic or non-enhancing core, 2 oede
     "brats2023": {1: 1, 2: 2, 3: 3},
 }
 LABELS = 4  # with the background
+REGIONS: Mapping[str, tuple[int, ...]] = {"et": (3,), "tc": (1, 3), "wt": (1, 2, 3)}  # of our labels, as BraTS has them
 WINDOW = (0.5, 99.5)  # percentiles inside the brain that become 0 and 1
 NEGATIVE = 0.2  # largest share of values below 0, of those that are not 0, where the background is known by its 0
-ROUNDING = 1e-3  # of labels stored with a scale factor
-SAME_PLACE = 1e-2  # mm by which affines of one grid may differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +141,7 @@ class _Grid:
 
     def labels(self, scan: Any, path: Path, convention: str) -> Tensor:
         """The label that fills most of a voxel, (X, Y, Z) uint8."""
-        most, *others = (self._placed(where, path) for where in _where(scan, convention, path))
-        labels = torch.zeros(self.shape, dtype=torch.uint8)
-        for label, share in enumerate(others, start=1):
-            labels[share > most] = label
-            most = torch.maximum(most, share)
-        return labels
+        return majority(self._placed(where, path) for where in _where(scan, convention, path))
 
     def _placed(self, scan: Any, path: Path) -> Tensor:
         values = self._onto(scan, path)

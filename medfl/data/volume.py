@@ -4,8 +4,9 @@ Everything here knows one scan, not the data set. MONAI reads PNG, JPEG and NIfT
 through pydicom because MONAI inverts no MONOCHROME1 and keeps colour as an axis of space.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,82 +15,102 @@ from torch import Tensor
 
 from medfl.errors import DataError
 
+NIFTI = (".nii", ".nii.gz")
 PHOTOGRAPHS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NORMALIZATIONS = ("percentile", "range", "zscore")
+SAME = 1e-3  # by which a step of one voxel may differ from it
+ASIDE = 1e-3  # voxels; else all voxels halfway between a label and the background would go to the background
 ZSCORE_LIMIT = 3.0  # standard deviations that become -1 and 1
 
 
-def read(path: Path, spatial_dims: int) -> tuple[Tensor, tuple[float, ...]]:
-    """One scan as stored: float32 (C, *S) and its spacing in mm (1.0 where the format has none).
+class Scan(NamedTuple):
+    """One file as stored. 2D is (H, W) with row 0 at the top; 3D is turned to RAS axes."""
 
-    2D is (H, W) with row 0 at the top. 3D is NIfTI or a folder of DICOM slices, turned to RAS axes.
+    pixels: Tensor  # (C, *S) float32
+    spacing: tuple[float, ...]  # mm; 1.0 where the format has none
+    affine: NDArray[Any] | None = None  # (4, 4), from voxels to mm, where the format has one
+
+
+def read(path: Path, spatial_dims: int) -> Scan:
+    """One image: a photograph, a DICOM file, NIfTI, or a folder of DICOM slices.
 
     Raises:
-        DataError: the file is missing, of an unknown format, damaged, of other dimensions, constant or not
-        finite.
+        DataError: as of `stored`, or a constant image.
+    """
+    scan = stored(path, spatial_dims, _reader)
+    if bool((scan.pixels == scan.pixels.flatten()[0]).all()):
+        raise DataError(f"{path}: is constant (every value is {float(scan.pixels.flatten()[0]):g}). Leave it out.")
+    return scan
+
+
+def stored(path: Path, spatial_dims: int, reader: Callable[[Path], Scan]) -> Scan:
+    """What a reader makes of a file.
+
+    Raises:
+        DataError: the file is missing, of an unknown format, damaged, of other dimensions or not finite.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file. Correct the data list or data.root.")
     try:
-        image, spacing = _reader(path)
+        scan = reader(path)
     except DataError:
         raise
     except Exception as error:  # the decoders raise whatever they like; the cause is always the file
         first = str(error).strip().splitlines()[:1]
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {''.join(first)}). Replace it.") from error
-    if image.ndim != spatial_dims + 1:
+    if scan.pixels.ndim != spatial_dims + 1:
         raise DataError(
-            f"{path}: got an image of {image.ndim - 1} dimensions, need {spatial_dims}. Set data.spatial_dims."
+            f"{path}: got an image of {scan.pixels.ndim - 1} dimensions, need {spatial_dims}. Set data.spatial_dims."
         )
-    if not bool(torch.isfinite(image).all()):
+    if not bool(torch.isfinite(scan.pixels).all()):
         raise DataError(f"{path}: holds NaN or infinite values. Repair the image or leave it out.")
-    if bool((image == image.flatten()[0]).all()):
-        raise DataError(f"{path}: is constant (every value is {float(image.flatten()[0]):g}). Leave it out.")
-    return image, spacing
+    return scan
 
 
-def _reader(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+def _reader(path: Path) -> Scan:
     name = path.name.lower()
     if path.is_dir():
         return _dicom_series(path)
     if name.endswith(PHOTOGRAPHS):
-        return _photograph(path), (1.0, 1.0)
-    if name.endswith((".nii", ".nii.gz")):
-        return _nifti(path)
+        return photograph(path, plain_mode)
+    if name.endswith(NIFTI):
+        return nifti(path)
     if name.endswith((".dcm", ".dicom")) or "." not in name:
         return _dicom(path)
     raise DataError(f"{path}: unknown format. Need {', '.join(PHOTOGRAPHS)}, .nii, .nii.gz, .dcm or a DICOM folder.")
 
 
-def _photograph(path: Path) -> Tensor:
+def photograph(path: Path, convert: Callable[[Any], Any]) -> Scan:
+    """A PNG, JPEG, BMP or TIFF file, its PIL image converted first."""
     from monai.data.image_reader import PILReader
 
-    reader = PILReader(converter=_plain_mode, reverse_indexing=False)
+    reader = PILReader(converter=convert, reverse_indexing=False)
     pixels, _ = reader.get_data(reader.read(path))
     tensor = torch.from_numpy(np.asarray(pixels).astype(np.float32))
-    return tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0)
+    return Scan(tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0), (1.0, 1.0))
 
 
-def _plain_mode(image: Any) -> Any:
+def plain_mode(image: Any) -> Any:
     """Palettes become colours, an alpha channel is dropped."""
     modes = {"P": "RGB", "RGBA": "RGB", "PA": "RGB", "LA": "L", "1": "L", "CMYK": "RGB", "YCbCr": "RGB"}
     return image.convert(modes[image.mode]) if image.mode in modes else image
 
 
-def _nifti(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+def nifti(path: Path) -> Scan:
+    """A volume or plane with its affine."""
     from monai.data.image_reader import NibabelReader
 
     return _upright(NibabelReader(), path)
 
 
-def _dicom_series(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+def _dicom_series(path: Path) -> Scan:
     from monai.data.image_reader import PydicomReader
 
     return _upright(PydicomReader(), path)
 
 
-def _upright(reader: Any, path: Path) -> tuple[Tensor, tuple[float, ...]]:
-    """What a reader of volumes gives, (C, *S) with RAS axes, and the spacing."""
+def _upright(reader: Any, path: Path) -> Scan:
+    """What a reader of volumes gives, turned to RAS axes."""
     from monai.data.meta_tensor import MetaTensor
     from monai.transforms.spatial.array import Orientation
 
@@ -97,15 +118,14 @@ def _upright(reader: Any, path: Path) -> tuple[Tensor, tuple[float, ...]]:
     image = torch.from_numpy(np.asarray(pixels).astype(np.float32))
     last = header["original_channel_dim"] in (-1, image.ndim - 1)
     image = image.movedim(-1, 0) if last else image[None]
-    if image.ndim != 4:
-        return image, tuple(float(mm) for mm in np.linalg.norm(header["affine"][:3, : image.ndim - 1], axis=0))
-    turned: Any = Orientation(axcodes="RAS", labels=None)(MetaTensor(image, affine=torch.as_tensor(header["affine"])))
-    return torch.from_numpy(np.asarray(turned)), tuple(
-        float(mm) for mm in np.linalg.norm(np.asarray(turned.affine)[:3, :3], axis=0)
-    )
+    affine = np.asarray(header["affine"], dtype=np.float64)
+    if image.ndim == 4:
+        turned: Any = Orientation(axcodes="RAS", labels=None)(MetaTensor(image, affine=torch.as_tensor(affine)))
+        image, affine = torch.from_numpy(np.asarray(turned)), np.asarray(turned.affine)
+    return Scan(image, tuple(float(mm) for mm in np.linalg.norm(affine[:3, : image.ndim - 1], axis=0)), affine)
 
 
-def _dicom(path: Path) -> tuple[Tensor, tuple[float, ...]]:
+def _dicom(path: Path) -> Scan:
     import pydicom
     from pydicom.pixels.processing import apply_rescale
     from pydicom.pixels.utils import pixel_array
@@ -120,7 +140,7 @@ def _dicom(path: Path) -> tuple[Tensor, tuple[float, ...]]:
     spacing = [float(value) for value in header.get("PixelSpacing") or (1.0, 1.0)]
     if tensor.ndim - colour == 3:  # several frames
         spacing = [float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0), *spacing]
-    return (tensor.movedim(-1, 0) if colour else tensor[None]), tuple(spacing)
+    return Scan(tensor.movedim(-1, 0) if colour else tensor[None], tuple(spacing))
 
 
 def match_channels(image: Tensor, channels: int, path: Path) -> Tensor:
@@ -170,25 +190,52 @@ def normalize(image: Tensor, how: str, window: tuple[float, float] | None) -> Te
 def to_grid(image: Tensor, size: int, steps: tuple[float, ...]) -> Tensor:
     """`image` (C, *S) on a grid of `size` along each axis, centred; beyond its border its least value.
 
+    Where voxels stay as large as they are, they stay as they are: centred up to half a voxel.
+
     Args:
         steps: input voxels per output voxel, per axis. Crops, pads and resizes in one linear map per axis.
     """
     floor = image.min()
-    out = image - floor
+    return _placed(image - floor, size, steps) + floor
+
+
+def labels_to_grid(labels: Tensor, size: int, steps: tuple[float, ...]) -> Tensor:
+    """`labels` (*S) uint8 on the grid of `to_grid`: what fills most of a voxel; 0 beyond the border."""
+    every = range(int(labels.max()) + 1)
+    return majority(_placed((labels == label).float()[None], size, steps, aside=ASIDE)[0] for label in every)
+
+
+def majority(shares: Iterable[Tensor]) -> Tensor:
+    """The label, 0, 1, ..., with the largest share of a voxel, uint8, from each one's shares; the lowest of equals."""
+    parts = iter(shares)
+    most = next(parts)
+    labels = torch.zeros_like(most, dtype=torch.uint8)
+    for label, share in enumerate(parts, start=1):
+        labels[share > most] = label
+        most = torch.maximum(most, share)
+    return labels
+
+
+def _placed(values: Tensor, size: int, steps: tuple[float, ...], *, aside: float = 0.0) -> Tensor:
+    """As `to_grid`, with 0 beyond the border, from `aside` voxels further along each axis."""
     for axis, step in enumerate(steps, start=1):
-        weights = resampler(out.shape[axis], size, torch.tensor(step))
-        out = torch.movedim(torch.movedim(out, axis, -1) @ weights.T, -1, axis)
-    return out + floor
+        length = values.shape[axis]
+        between = 0.5 if abs(step - 1) < SAME and (length - size) % 2 else 0.0  # would mix all neighbours half and half
+        weights = resampler(length, size, torch.tensor(step), between + aside)
+        values = torch.movedim(torch.movedim(values, axis, -1) @ weights.T, -1, axis)
+    return values
 
 
-def resampler(length: int, size: int, step: Tensor) -> Tensor:
+def resampler(length: int, size: int, step: Tensor, aside: float = 0.0) -> Tensor:
     """Linear resampling as a matrix, (..., size, length) for `step` (...): input voxels per output voxel.
+
+    The centres of both grids meet, `aside` input voxels further on.
 
     A triangle filter as wide as the step (at least two voxels) keeps fine detail from aliasing. Rows sum to
     1 inside the image and fade to 0 beyond its border.
     """
     step = step.to(torch.float32)[..., None, None]
-    centre = (torch.arange(size)[:, None] - (size - 1) / 2) * step + (length - 1) / 2  # (..., size, 1)
+    centre = (torch.arange(size)[:, None] - (size - 1) / 2) * step + (length - 1) / 2 + aside  # (..., size, 1)
     width = step.clamp_min(1.0)
     weights = (1 - (torch.arange(length) - centre).abs() / width).clamp_min(0)
     whole = weights.sum(-1, keepdim=True).clamp_min(1e-6)

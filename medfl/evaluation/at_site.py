@@ -1,33 +1,40 @@
-"""Frozen-encoder evaluation at one site: features, probes, scores. Labels and features stay; named numbers leave."""
+"""Evaluation at one site: features, probes, scores. Labels, features and predictions stay; numbers leave."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medfl import seeding
+from medfl.data.fractions import labels_key, rows_with_labels
 from medfl.data.sample import SiteData, Split
 from medfl.errors import ConfigError
 from medfl.evaluation.knn import knn
-from medfl.evaluation.probe import Features, Scores, linear_probe
+from medfl.evaluation.probe import Features, Scores, linear_probe, nothing
 from medfl.evaluation.statistics import Interval, measure
 from medfl.evaluation.volumes import Table, fusion, segmentation
 from medfl.methods.base import Method
 from medfl.study import Evaluation
 
-VOLUMES = {"fusion": "fuse", "segmentation": "segment"}  # protocol -> what the encoder must be able to do
+VOLUMES = {"fusion": "fuse", "segmentation": "segment"}  # protocol -> what the network must be able to do
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
 
 
-def probe(method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int) -> dict[str, float]:
-    """Every protocol's metrics as {"linear/auc/value": …, "linear/auc/low": …}; what is undefined is left out.
+def probe(
+    method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int, least: int = 1
+) -> tuple[dict[str, float], dict[str, Scores]]:
+    """Every protocol's metrics as {"linear/auc/value": …, "linear/auc/low": …}, and the predictions behind them.
 
-    The protocol "fusion" gives "average" too, the same metrics of the plain mean of the modalities.
+    What is undefined is left out. "linear@0.1" is the linear probe with a tenth of the labels. The protocol "fusion"
+    gives "average" too, the same metrics of the plain mean of the modalities. Predictions are those with all labels;
+    they must not leave the site.
 
     Args:
-        method: in eval mode; only `classifier` looks at more than its encoder.
+        method: in eval mode; only `classifier` and `segmentation` look at more than its encoder.
         seed: of the resamples; together with the site's name it pairs all arms at this site.
+        least: patients of each class that keep their labels, however small the share.
 
     Raises:
         ConfigError: a protocol that this method cannot take part in.
@@ -35,22 +42,25 @@ def probe(method: Method, data: SiteData, plan: Evaluation, device: torch.device
     draw = seeding.key(seed, "bootstrap", data.name)
     tables: dict[str, Mapping[str, Interval]] = {}
     for protocol in [name for name in plan.protocols if name in VOLUMES]:
-        scored = _volumes(protocol, method.encoder, data, plan, device)
+        scored = _volumes(protocol, method, data, plan, device)
         tables |= {name: table.averages(resamples=plan.resamples, seed=draw) for name, table in scored.items()}
-    for protocol, scores in _classes(method, data, plan, device, seed=seed).items():
+    classified = _classes(method, data, plan, device, seed=seed, least=least)
+    for protocol, scores in classified.items():
         tables[protocol] = measure(
             scores.probabilities, scores.labels, scores.patients, resamples=plan.resamples, seed=draw
         )
-    return {name: value for protocol, table in tables.items() for name, value in _named(protocol, table).items()}
+    metrics = {name: value for protocol, table in tables.items() for name, value in _named(protocol, table).items()}
+    return metrics, {protocol: scores for protocol, scores in classified.items() if "@" not in protocol}
 
 
-def _volumes(protocol: str, net: Any, data: SiteData, plan: Evaluation, device: torch.device) -> dict[str, Table]:
+def _volumes(protocol: str, method: Method, data: SiteData, plan: Evaluation, device: torch.device) -> dict[str, Table]:
     """The scores of each fused or segmented test image.
 
     Raises:
-        ConfigError: the encoder does not fuse or segment.
+        ConfigError: neither the method nor its encoder fuses or segments.
     """
     task = VOLUMES[protocol]
+    net: Any = method if hasattr(method, task) else method.encoder
     if not hasattr(net, task):
         raise ConfigError(
             f"evaluation.protocols has {protocol!r}, but this method's encoder cannot {task} images. "
@@ -58,24 +68,41 @@ def _volumes(protocol: str, net: Any, data: SiteData, plan: Evaluation, device: 
         )
     if protocol == "fusion":
         return fusion(net, data.test, plan, device)
-    return {protocol: segmentation(net, data.test, plan, device, spacing=data.spacing)}
+    return {protocol: segmentation(net, data.test, plan, device, spacing=data.spacing, regions=data.regions)}
 
 
-def _classes(method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int) -> dict[str, Scores]:
+def _classes(
+    method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int, least: int
+) -> dict[str, Scores]:
     """The class probabilities of the test split by each protocol that gives some; {} where there are no classes."""
     asked = [protocol for protocol in plan.protocols if protocol not in VOLUMES]
     if not asked or not data.classes:
         return {}
-    classes = len(data.classes)
+    classes, found = len(data.classes), {}
+    if "classifier" in asked:
+        found["classifier"] = _classified(method, data, device, plan.batch_size)
+    if not {"linear", "knn"} & set(asked):
+        return found
     train, val, test = (
         _features(method.encoder, s, device, plan.batch_size) for s in (data.train, data.val, data.test)
     )
-    protocols: Mapping[str, Callable[[], Scores]] = {
-        "linear": lambda: linear_probe(train, val, test, classes=classes, grid=plan.regularization, seed=seed),
-        "knn": lambda: knn(train, test, classes=classes, neighbors=plan.neighbours, temperature=TEMPERATURE),
-        "classifier": lambda: _classified(method, data, device, plan.batch_size),
+    protocols: Mapping[str, Callable[[Features], Scores]] = {
+        "linear": lambda few: linear_probe(few, val, test, classes=classes, grid=plan.regularization, seed=seed),
+        "knn": lambda few: knn(few, test, classes=classes, neighbors=plan.neighbours, temperature=TEMPERATURE),
     }
-    return {protocol: protocols[protocol]() for protocol in asked}
+    for fraction in plan.fractions:
+        few = train if fraction == 1 else _few(train, data, fraction, seed=seed, least=least)
+        ending = "" if fraction == 1 else f"@{fraction:g}"
+        found |= {f"{name}{ending}": protocols[name](few) for name in asked if name in protocols}
+    return found
+
+
+def _few(train: Features, data: SiteData, fraction: float, *, seed: int, least: int) -> Features:
+    """The training rows of the patients whose labels may be read: the same as in fine-tuning."""
+    rows = rows_with_labels(data.train, fraction, least=least, key=labels_key(seed, data.name))
+    labels = torch.full_like(train.labels, -1)
+    labels[rows] = train.labels[rows]
+    return replace(train, labels=labels)
 
 
 def _named(protocol: str, table: Mapping[str, Interval]) -> dict[str, float]:
@@ -101,11 +128,11 @@ def _features(encoder: nn.Module, split: Split, device: torch.device, batch: int
 
 def _classified(method: Method, data: SiteData, device: torch.device, batch: int) -> Scores:
     """The trained classifier's own probabilities on the test split (supervised methods)."""
-    classify = getattr(method, "classify", None)
-    if classify is None or not method.labelled:
+    probabilities = getattr(method, "probabilities", None)
+    if probabilities is None or not method.labelled:
         raise ConfigError("evaluation.protocols has 'classifier', but this method trains none. Take [linear, knn].")
-    logits = _outputs(classify, data.test.images, device, batch)
-    ones = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, 1:]
-    known = Features(torch.cat([1 - ones.sum(dim=1, keepdim=True), ones], dim=1), data.test.labels, data.test.patients)
-    known = known.labelled()
+    if not len(data.test):
+        return nothing("no test images", classes=len(data.classes))
+    rows = _outputs(probabilities, data.test.images, device, batch)
+    known = Features(rows, data.test.labels, data.test.patients).labelled()
     return Scores(known.features.double().numpy(), known.labels.numpy(), known.patients)

@@ -1,27 +1,30 @@
 """Pictures of a site's own test images, drawn and kept at the site for the people there. They never travel."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from medfl.data.sample import SiteData, Split, labelled, present
-from medfl.evaluation.slices import FOOT, Slices, plane, plane_moves
-from medfl.evaluation.volumes import mean_of_present, windowed
+from medfl.evaluation import attention, code_maps, embedding, volume_slices
+from medfl.evaluation.slices import write_png
+from medfl.evaluation.volumes import windowed
 from medfl.methods.base import Method
 from medfl.study import Evaluation
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FOLDER = "pictures"  # in a site's state folder
 FUSION, SEGMENTATION, FIELD = "fusion.png", "segmentation.png", "field.png"
-SUBJECTS = 3
-LABELS = {  # in a mask -> (name, colour)
-    3: ("ET: enhancing tumour", "#e69f00"),
-    1: ("NCR: necrotic or non-enhancing core", "#56b4e9"),
-    2: ("ED: oedema", "#009e73"),
-}
-LEAST = 1.0  # mm at the top of the scale of movements: rounding is no movement
+EMBEDDING, ATTENTION, CODEBOOK = "embedding.png", "attention.png", "codebook.png"
+SUBJECTS = 3  # images of a figure
+LOOKED_AT = 6  # images of `ATTENTION`
+CODED = 32  # most images that find their codes together: target networks normalise by the batch
+RGB = 3  # channels
 
 
 def folder_of(state_dir: Path, site: str, arm: str) -> Path:
@@ -29,107 +32,159 @@ def folder_of(state_dir: Path, site: str, arm: str) -> Path:
     return state_dir / FOLDER / site / arm.replace(":", "-")
 
 
-@torch.no_grad()
+def wanted(which: str, arm: str, arms: Sequence[str]) -> bool:
+    """Whether a site draws pictures of an arm, by `evaluation.pictures`.
+
+    Args:
+        which: federated | all | none. Federated: of the federated encoder, and of what is trained further from it with
+            all labels; of every arm in a study without a federated one.
+        arm: "federated", "local:site-1", or of a task "finetune:federated:site-1:1".
+        arms: of the study's encoders.
+    """
+    if which != "federated" or "federated" not in arms:
+        return which != "none"
+    parts = arm.split(":")
+    return arm == "federated" or (parts[1:2] == ["federated"] and parts[-1] == "1")
+
+
 def draw(
     method: Method, data: SiteData, state_dir: Path, device: torch.device, *, arm: str, plan: Evaluation
 ) -> list[Path]:
-    """Draw what can be drawn of up to three test images; returns the files, readable for this user alone.
+    """Draw what can be drawn of test images; returns the files, readable for this user alone.
 
-    `FUSION` and `FIELD` need images of two modalities, `SEGMENTATION` takes labelled images first, `FIELD` needs a
-    method with `matching`. Every arm is shown on the same images; no patient's id is in a picture.
+    Of a network that fuses modalities: `FUSION`, `SEGMENTATION` and `FIELD`. Of any other encoder: `EMBEDDING`; with a
+    classifier `ATTENTION`; with a segmenter `SEGMENTATION`; with codebooks that hold something, `CODEBOOK`. Every arm
+    is shown on the same images; no patient's id is in a picture. The method is left as it is.
 
     Args:
-        method: in eval mode; its encoder has `fuse`: (B, M, *S) -> (B, 1, *S), and `segment` -> logits (B, 4, *S).
-            With `matching` it has `match`: (B, M, *S) -> a result with `field` u (B, d, *S), in voxels.
+        method: in evaluation mode.
         state_dir: of this site.
-        plan: as for the scores: images are fused and segmented by the same windows, and matched in the middle one.
+        plan: as for the scores.
 
     Raises:
         ResourceError: the disk is full.
     """
+    if not len(data.test):
+        return []
+    drawn = _fused if hasattr(method.encoder, "fuse") else _encoded
+    figures = drawn(method, data, device, plan)
+    folder = _private(folder_of(state_dir, data.name, arm))
+    return [write_png(figure, folder / name) for name, figure in figures.items()]
+
+
+@torch.no_grad()
+def _fused(method: Method, data: SiteData, device: torch.device, plan: Evaluation) -> "dict[str, Figure]":
+    """Of up to three test images; `FUSION` and `FIELD` need two modalities, `SEGMENTATION` takes labelled ones first.
+
+    Args:
+        method: its encoder has `fuse`: (B, M, *S) -> (B, 1, *S), and `segment` -> logits (B, 4, *S).
+            With `matching` it has `match`: (B, M, *S) -> a result with `field` u (B, d, *S), in voxels.
+        plan: images are fused and segmented by the windows of the scores, and matched in the middle one.
+    """
     paired, segmented = _paired(data.test), _labelled_first(data.test)
     images = {row: data.test.images[row : row + 1] for row in dict.fromkeys([*paired, *segmented])}  # (1, M, *S) each
     network: Any = method.encoder
-    fused = {row: windowed(network.fuse, image.to(device), plan)[0, 0].cpu() for row, image in images.items()}
-    figures: dict[str, Slices] = {}
+    fused = {row: windowed(network.fuse, image.to(device), plan)[0].cpu() for row, image in images.items()}  # (1, *S)
+    figures: dict[str, Figure] = {}
     if paired:
-        figures[FUSION] = fusion({row: images[row][0] for row in paired}, fused, data.modalities, data.spacing)
+        sources = {row: images[row][0] for row in paired}
+        whole = {row: fused[row][0] for row in paired}
+        figures[FUSION] = volume_slices.fusion(sources, whole, data.modalities, data.spacing).figure
     if segmented:
-        logits = {row: windowed(network.segment, images[row].to(device), plan)[0] for row in segmented}
-        predicted = {row: known.argmax(0).cpu() for row, known in logits.items()}
-        figures[SEGMENTATION] = segmentation(fused, _truth(data.test), predicted, data.spacing)
+        figures[SEGMENTATION] = _segmented(network, {row: fused[row] for row in segmented}, data, device, plan, "fused")
     if paired and hasattr(method, "matching"):
         match: Any = method.match
         parts = {row: _middle(images[row], plan.window).to(device) for row in paired}
         moved = {row: match(part).field[0].float().cpu() for row, part in parts.items()}
-        figures[FIELD] = field({row: _middle(fused[row], plan.window) for row in paired}, moved, data.spacing)
-    folder = _private(folder_of(state_dir, data.name, arm))
-    return [figure.save(folder / name) for name, figure in figures.items()]
+        middles = {row: _middle(fused[row][0], plan.window) for row in paired}
+        figures[FIELD] = volume_slices.field(middles, moved, data.spacing).figure
+    return figures
 
 
-def fusion(
-    images: Mapping[int, Tensor], fused: Mapping[int, Tensor], modalities: Sequence[str], spacing: Sequence[float]
-) -> Slices:
-    """Middle slices: a row for each image (M, *S), a column for each modality, the fused one and the sources' mean."""
-    has = {row: present(image[None])[0] for row, image in images.items()}
-    shown = [m for m in range(len(modalities)) if any(bool(known[m]) for known in has.values())]
-    columns = [*(modalities[m] for m in shown), "fused", "mean of sources"]
-    sheet = Slices(_first(fused), len(images), columns, spacing=spacing)
-    for at, (row, image) in enumerate(images.items()):
-        place = image.shape[-1] // 2
-        sheet.title(at, *_named(row, fused[row], place))
-        for column, m in enumerate(shown):
-            sheet.grey(at, column, plane(image[m], place)) if has[row][m] else sheet.words(at, column, "not there")
-        sheet.grey(at, len(shown), plane(fused[row], place))
-        sheet.grey(at, len(shown) + 1, plane(mean_of_present(image[None])[0, 0], place))
-    return sheet
+def _encoded(method: Method, data: SiteData, device: torch.device, plan: Evaluation) -> "dict[str, Figure]":
+    """Of an encoder (B, C, *S) -> (B, F), and of a classifier or segmenter on it."""
+    found = {
+        EMBEDDING: _embedding(method, data.test, data.classes, device, plan.batch_size),
+        ATTENTION: _attention(method, data, device),
+        CODEBOOK: _codes(method, data, device, plan.batch_size),
+    }
+    if hasattr(method, "segment") and (rows := _labelled_first(data.test)):
+        found[SEGMENTATION] = _segmented(method, _looks(data, rows), data, device, plan, "image")
+    return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def segmentation(
-    fused: Mapping[int, Tensor],
-    truth: Mapping[int, Tensor],
-    predicted: Mapping[int, Tensor],
-    spacing: Sequence[float],
-) -> Slices:
-    """Labels over the fused image, in the slice with most tumour by truth, or by prediction where truth is unknown.
+@torch.no_grad()
+def _segmented(
+    network: Any, looks: Mapping[int, Tensor], data: SiteData, device: torch.device, plan: Evaluation, base: str
+) -> "Figure":
+    """Images segmented by the windows of the scores. `network`: with `segment` -> logits (B, K, *S)."""
+    images = {row: data.test.images[row : row + 1].to(device) for row in looks}
+    predicted = {row: windowed(network.segment, one, plan)[0].argmax(0).cpu() for row, one in images.items()}
+    names = volume_slices.label_names(data.regions)
+    sheet = volume_slices.segmentation(
+        looks, _truth(data.test), predicted, names=names, base=base, spacing=data.spacing
+    )
+    return sheet.figure
 
-    Args:
-        fused, truth, predicted: by the number of the image, (*S); the rows are those of `predicted`.
+
+@torch.no_grad()
+def _embedding(
+    method: Method, test: Split, classes: Sequence[str], device: torch.device, batch: int
+) -> "Figure | None":
+    rows = embedding.chosen(len(test))
+    parts = torch.split(test.images[rows], batch)
+    features = torch.cat([method.encoder(part.to(device)).float().cpu() for part in parts])
+    return embedding.embedding(features, test.labels[rows], classes)
+
+
+def _attention(method: Method, data: SiteData, device: torch.device) -> "Figure | None":
+    """For a trained classifier, where there are labelled images."""
+    rows = [row for row in _of_each_class(data.test.labels, LOOKED_AT) if data.test.labels[row] >= 0]
+    if not (rows and data.classes and method.labelled and hasattr(method, "classify")):
+        return None
+    rows.sort(key=lambda row: int(data.test.labels[row]))
+    seen = attention.attention(method, data.test.images[rows].to(device))
+    truth = {row: data.classes[int(data.test.labels[row])] for row in rows}
+    return attention.figure(_looks(data, rows), truth, seen, data.classes, data.spacing).figure
+
+
+def _codes(method: Method, data: SiteData, device: torch.device, batch: int) -> "Figure | None":
+    """For a method with codebooks that hold something, where there are two images."""
+    books = method.codebooks()
+    if len(data.test) < 2 or not any(book.ready for book in books.values()):
+        return None
+    rows = _of_each_class(data.test.labels, max(2, min(CODED, batch)))
+    shown = rows[:SUBJECTS]
+    maps = code_maps.code_maps(method, data.test.images[rows].to(device))
+    vectors = {name: book.code_vectors().cpu() for name, book in books.items()}
+    maps = {name: codes[: len(shown)] for name, codes in maps.items()}
+    return code_maps.figure(_looks(data, shown), maps, vectors, data.spacing).figure if maps else None
+
+
+def _of_each_class(labels: Tensor, most: int) -> list[int]:
+    """The first images of each class in turns, then those without a label: every arm is shown on the same."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for row, label in enumerate(labels.tolist()):
+        turns.append((label < 0, seen[label], label, row))
+        seen[label] += 1
+    return [row for *_, row in sorted(turns)[:most]]
+
+
+def _looks(data: SiteData, rows: Sequence[int]) -> dict[int, Tensor]:
+    """Test images to show, from each one's darkest to its brightest value as [0, 1].
+
+    Three channels are colours (3, *S), unless they are modalities; of other channels the first that is there (1, *S).
     """
-    sheet = Slices(_first(fused), len(predicted), ["fused", "truth", "prediction"], spacing=spacing, foot=FOOT)
-    colours = {label: colour for label, (_, colour) in LABELS.items()}
-    for at, (row, labels) in enumerate(predicted.items()):
-        place = _fullest(truth.get(row, labels))
-        sheet.title(at, *_named(row, fused[row], place))
-        sheet.grey(at, 0, plane(fused[row], place))
-        for column, known in ((1, truth.get(row)), (2, labels)):
-            if known is None:
-                sheet.words(at, column, "not labelled")
-            else:
-                sheet.grey(at, column, plane(fused[row], place))
-                sheet.colours(at, column, plane(known, place), colours)
-    sheet.legend(dict(LABELS.values()))
-    return sheet
-
-
-def field(fused: Mapping[int, Tensor], moved: Mapping[int, Tensor], spacing: Sequence[float]) -> Slices:
-    """Where matching takes the fused image from: a grid of points p + u(p), and the length of u in mm.
-
-    Args:
-        fused, moved: by the number of the image, (*S) and (d, *S) in voxels; the rows are those of `moved`.
-    """
-    sheet = Slices(_first(fused), len(moved), ["fused, moved grid", "movement (mm)"], spacing=spacing, foot=FOOT)
-    lengths = {row: _lengths(u, spacing) for row, u in moved.items()}
-    top = max(LEAST, *(float(length.max()) for length in lengths.values()))
-    for at, (row, u) in enumerate(moved.items()):
-        place, length = u.shape[-1] // 2, lengths[row]
-        words = f"mean {float(length.mean()):.2f} mm", f"most {float(length.max()):.2f} mm"
-        sheet.title(at, *_named(row, fused[row], place), *words)
-        sheet.grey(at, 0, plane(fused[row], place))
-        sheet.grid(at, 0, plane_moves(u, place))
-        sheet.scaled(at, 1, plane(length, place), top)
-    sheet.scale(1, top)
-    return sheet
+    found = {}
+    for row in rows:
+        image = data.test.images[row]
+        if len(image) != RGB or data.modalities:
+            first = int(present(image[None])[0].int().argmax())
+            image = image[first : first + 1]
+        low, high = image.min(), image.max()
+        found[row] = (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)
+    return found
 
 
 def _paired(split: Split) -> list[int]:
@@ -158,27 +213,6 @@ def _middle(images: Tensor, window: Sequence[int] | None) -> Tensor:
         length = min(side, images.shape[axis])
         images = images.narrow(axis, (images.shape[axis] - length) // 2, length)
     return images
-
-
-def _fullest(labels: Tensor) -> int:
-    """The place along the last axis with most labelled voxels; the middle where there are none."""
-    sums = labels.gt(0).flatten(0, -2).sum(0)
-    return int(sums.argmax()) if bool(sums.any()) else len(sums) // 2
-
-
-def _lengths(u: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Lengths (*S) in mm of displacements (d, *S) in voxels."""
-    mm = torch.tensor(spacing).view(-1, *[1] * (u.ndim - 1))
-    return (u * mm).square().sum(0).sqrt()
-
-
-def _named(row: int, volume: Tensor, place: int) -> list[str]:
-    """Which image, and which of its slices."""
-    return [f"test image {row + 1}", *([f"slice {place + 1} of {volume.shape[-1]}"] if volume.ndim == 3 else [])]
-
-
-def _first(volumes: Mapping[int, Tensor]) -> Tensor:
-    return next(iter(volumes.values()))
 
 
 def _private(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How well the regions of a tumour are found, one row for each image.
+"""How well regions such as a tumour or an organ are found, one row for each image.
 
 An empty truth (no voxel of the region) has two conventions, both reported: the plain name follows the rule of BraTS,
 `_present` leaves the image out (NaN).
@@ -13,39 +13,48 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 from torch import Tensor
 
-REGIONS: Mapping[str, tuple[int, ...]] = {"et": (3,), "tc": (1, 3), "wt": (1, 2, 3)}  # labels of the masks
+AVERAGED = ("dice", "iou", "hd95")  # over the regions of an image too
+PRESENT = ("dice", "iou", "sensitivity", "hd95")
 
 
-def segmentation_scores(predicted: Tensor, truth: Tensor, *, spacing: Sequence[float]) -> dict[str, Tensor]:
+def segmentation_scores(
+    predicted: Tensor, truth: Tensor, *, spacing: Sequence[float], regions: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
     """Every metric of every region, such as "dice_wt", "dice_wt_present"; each (B,) float64 on the CPU.
 
+    The plain "dice", "iou" and "hd95" are means over the regions of each image.
+
     Args:
-        predicted, truth: labels (B, *S): 0 background, 1 core, 2 oedema, 3 enhancing.
+        predicted, truth: labels (B, *S), 0 is the background.
         spacing: mm along each axis.
+        regions: name -> labels that make it up.
 
     Raises:
-        ValueError: shapes or axes that contradict each other.
+        ValueError: shapes or axes that contradict each other, or no region.
     """
     if predicted.shape != truth.shape or len(spacing) != truth.ndim - 1:
         raise ValueError(
             f"segmentation_scores: got {tuple(predicted.shape)}, {tuple(truth.shape)} and a spacing of {len(spacing)} "
             "axes; need equal shapes (B, *S) and one number for each axis."
         )
+    if not regions:
+        raise ValueError("segmentation_scores: got masks without a region, need a name and labels to score.")
     scores: dict[str, Tensor] = {}
-    for region, labels in REGIONS.items():
+    for region, labels in regions.items():
         found, real = (_inside(part, labels) for part in (predicted, truth))
         there = real.flatten(1).any(1)
         for name, values in region_scores(found, real, spacing=spacing).items():
             scores[f"{name}_{region}"] = values
-            if name in ("dice", "sensitivity", "hd95"):
+            if name in PRESENT:
                 scores[f"{name}_{region}_present"] = values.where(there, math.nan)
-    return scores
+    means = {name: torch.stack([scores[f"{name}_{region}"] for region in regions]).nanmean(0) for name in AVERAGED}
+    return scores | means
 
 
 def region_scores(found: Tensor, real: Tensor, *, spacing: Sequence[float]) -> dict[str, Tensor]:
-    """Dice, sensitivity, specificity, accuracy and 95 % Hausdorff distance of one region, (B,) each.
+    """Dice, IoU, sensitivity, specificity, accuracy and 95 % Hausdorff distance of one region, (B,) each.
 
-    Over all voxels, the background too. By the rule of BraTS, Dice and sensitivity of an empty truth are 1 for an
+    Over all voxels, the background too. By the rule of BraTS, Dice, IoU and sensitivity of an empty truth are 1 for an
     empty prediction and 0 for any other. Specificity is NaN where the region fills the image.
 
     Args:
@@ -57,6 +66,7 @@ def region_scores(found: Tensor, real: Tensor, *, spacing: Sequence[float]) -> d
     neither = (tp + fp + fn == 0).double()
     return {
         "dice": torch.where(empty, neither, 2 * tp / (2 * tp + fp + fn)),
+        "iou": torch.where(empty, neither, tp / (tp + fp + fn)),
         "sensitivity": torch.where(empty, neither, tp / (tp + fn)),
         "specificity": tn / (tn + fp),
         "accuracy": (tp + tn) / p.shape[1],
@@ -86,5 +96,5 @@ def hd95(found: Tensor, real: Tensor, *, spacing: Sequence[float]) -> Tensor:
     return torch.tensor(distances, dtype=torch.float64)
 
 
-def _inside(labels: Tensor, region: tuple[int, ...]) -> Tensor:
-    return torch.isin(labels.cpu(), torch.tensor(region, dtype=labels.dtype))
+def _inside(labels: Tensor, region: Sequence[int]) -> Tensor:
+    return torch.isin(labels.cpu(), torch.tensor(list(region), dtype=labels.dtype))

@@ -66,16 +66,22 @@ def fusion(net: Fuses, split: Split, plan: Evaluation, device: torch.device) -> 
 
 
 def segmentation(
-    net: Segments, split: Split, plan: Evaluation, device: torch.device, *, spacing: Sequence[float]
+    net: Segments,
+    split: Split,
+    plan: Evaluation,
+    device: torch.device,
+    *,
+    spacing: Sequence[float],
+    regions: Mapping[str, Sequence[int]],
 ) -> Table:
-    """Scores of the segmented images; those without a mask are left out."""
+    """Scores of the regions (name -> labels) in the segmented images; those without a mask are left out."""
     if split.masks is None:
         return Table({}, ())
     rows = torch.nonzero(labelled(split.masks))[:, 0]
     scores = []
     for index in _batches(rows, plan):
         labels = windowed(net.segment, split.images[index].to(device), plan).argmax(1).to("cpu", torch.uint8)
-        scores.append(segmentation_scores(labels, split.masks[index], spacing=spacing))
+        scores.append(segmentation_scores(labels, split.masks[index], spacing=spacing, regions=regions))
     return _table(scores, tuple(split.patients[row] for row in rows.tolist()))
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from medfl.models.quantizer import Quantizer
 from medfl.models.queue import Queue
 
+GIVEN = "given"  # owner group that no site holds: a broadcast brings it, nobody trains it or sends it back
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,6 +49,7 @@ class Method(nn.Module):
         labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
         segments: True if `forward` takes `masks`, (B, *S) uint8, cropped like the views.
         views: how many views `forward` takes.
+        masked_only: True if it trains on images with a known mask alone.
         by_patient: True if `forward` takes a last `patients`, None or (B,) int64: equal for images of one patient.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
         targets: prefix of each momentum copy -> prefix of its online net; names below both are equal.
@@ -60,6 +62,7 @@ class Method(nn.Module):
     labelled: bool = False
     segments: bool = False
     views: int = 2
+    masked_only: bool = False
     by_patient: bool = False
     encoder: nn.Module
     targets: ClassVar[Mapping[str, str]] = {}
@@ -164,8 +167,16 @@ class Method(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def freeze(self, *modules: str) -> None:
-        """Fix submodules for good: no gradient, batch norm in eval mode, role FIXED. Needs `claims`."""
-        self.claims = {**self.claims, **{module: Claim(Role.FIXED) for module in modules}}
+        """Fix submodules for good, as the study's seed made them: role FIXED. Needs `claims`."""
+        self._still(Claim(Role.FIXED), modules)
+
+    def keep_as_given(self, *modules: str) -> None:
+        """Leave submodules as a broadcast brings them; they are never sent back. Needs `claims`."""
+        self._still(Claim(Role.PARAMETER, GIVEN), modules)
+
+    def _still(self, claim: Claim, modules: tuple[str, ...]) -> None:
+        """No gradient, batch norm in eval mode."""
+        self.claims = {**self.claims, **dict.fromkeys(modules, claim)}
         self.frozen = (*self.frozen, *modules)
         for module in modules:
             self.get_submodule(module).requires_grad_(False).eval()

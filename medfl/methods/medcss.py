@@ -180,6 +180,13 @@ class MedCSS(Method):
         logits: Tensor = self.classifier(self.encoder(images))
         return logits
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(B, K) of the supervised form, with rows that sum to 1."""
+        logits = self.classify(images).float()
+        if logits.shape[1] > 1:
+            return logits.softmax(1)
+        return torch.cat([-logits, logits], dim=1).sigmoid()
+
     def remarks(self, means: Mapping[str, float]) -> list[str]:
         """Terms that did nothing in a whole round: a hinge that was never active, an alignment without information."""
         found = []

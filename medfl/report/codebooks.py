@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from medfl.report.cells import NONE, Section
 from medfl.report.figures import Panel, Series
 from medfl.report.panels import COLOURS, Drawn, draw, line_of, thinned
 from medfl.report.remarks import spoken
-from medfl.report.scores import NONE, Section
 from medfl.report.tables import Run, ordered_sites
 
 ARM, PREFIX = "federated", "codebook/"  # of the events

@@ -1,7 +1,7 @@
 """The page's figures: small panels that wrap on a phone, as inline SVG that takes its colours from the page.
 
 Colours are drawn as markers ("inks") and replaced by CSS variables, so that one file is right on light and
-dark screens and in print. Nothing here touches matplotlib's global state outside `_style`.
+dark screens and in print. Nothing here touches matplotlib's global state outside `style`.
 """
 
 import html
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INKS = {"ink": "#01010a", "muted": "#01010b", "line": "#01010c", "paper": "#01010d", "accent": "#01010e"}
 INKS |= {f"s{n}": f"#02020{n}" for n in range(1, 9)}
+ARM_INKS = {"random": "muted", "local": "s2", "federated": "accent", "central": "ink"}
 WIDTH, HEIGHT, TEXT = 340, 224, 11.5  # units of the SVG, one per CSS pixel at its natural size
 LABEL = 12  # characters of a direct label
 LETTER = 5.6  # width of a small letter
@@ -30,7 +31,7 @@ class Series:
     """One line: values over rounds, with its name at its end. NaN makes a gap."""
 
     label: str
-    rounds: tuple[int, ...]
+    rounds: tuple[float, ...]
     values: tuple[float, ...]
     ink: str
     strong: bool = False
@@ -63,8 +64,8 @@ class Dot:
 
 def curves(panel: Panel) -> str:
     """A panel as SVG."""
-    with _style(panel.title):
-        figure, axes = _canvas(HEIGHT)
+    with style(panel.title):
+        figure, axes = canvas(HEIGHT)
         figure.subplots_adjust(left=0.135, right=0.77, top=0.92, bottom=0.19)
         for series in panel.series:
             marker = "o" if len(series.rounds) == 1 else ""
@@ -78,15 +79,15 @@ def curves(panel: Panel) -> str:
         axes.text(0, 1.03, panel.unit, transform=axes.transAxes, size=TEXT - 1, color=INKS["muted"])
         axes.grid(axis="y", color=INKS["line"], lw=0.7)
         axes.locator_params(axis="y", nbins=5)
-        _label_ends(axes, panel.series)
-        return _svg(figure, panel.title)
+        label_ends(axes, panel.series)
+        return svg(figure, panel.title)
 
 
 def intervals(title: str, unit: str, dots: Sequence[Dot], limits: tuple[float, float]) -> str:
     """Values with their 95 % intervals, one row each, as SVG; the rows' names at the left."""
     height = 44 + 25 * len(dots)
-    with _style(title):
-        figure, axes = _canvas(height)
+    with style(title):
+        figure, axes = canvas(height)
         figure.subplots_adjust(left=0.23, right=0.86, top=1 - 4 / height, bottom=38 / height)
         for row, dot in enumerate(dots):
             _draw_dot(axes, row, dot, limits)
@@ -97,7 +98,7 @@ def intervals(title: str, unit: str, dots: Sequence[Dot], limits: tuple[float, f
         axes.set_xlabel(unit, color=INKS["muted"])
         axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", color=INKS["line"], lw=0.7)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def limits_of(panels: Sequence[Sequence[Series]]) -> tuple[float, float] | None:
@@ -134,7 +135,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return [found[i] for i in range(len(wanted))]
 
 
-def _label_ends(axes: "Axes", lines: Sequence[Series]) -> None:
+def label_ends(axes: "Axes", lines: Sequence[Series]) -> None:
     """Each line's name beside its last finite value, moved apart where they would overlap."""
     ends = [(line, *last) for line in lines if (last := _last(line))]
     low, high = axes.get_ylim()
@@ -171,13 +172,13 @@ def _draw_dot(axes: "Axes", row: int, dot: Dot, limits: tuple[float, float]) -> 
     axes.text(1.03, row, f"{dot.value:.3f}", weight=weight, transform=place, va="center", color=ink)
 
 
-def _last(line: Series) -> tuple[int, float] | None:
+def _last(line: Series) -> tuple[float, float] | None:
     finite = [(at, value) for at, value in zip(line.rounds, line.values, strict=True) if math.isfinite(value)]
     return finite[-1] if finite else None
 
 
 def _integer_rounds(axes: "Axes", lines: Sequence[Series]) -> None:
-    rounds = sorted({at for line in lines for at in line.rounds})
+    rounds = sorted({int(at) for line in lines for at in line.rounds})
     if not rounds:
         return
     step = math.ceil(max(rounds[-1] - rounds[0], 1) / 8)
@@ -199,7 +200,7 @@ def _mark_starts(axes: "Axes", marks: Sequence[tuple[int, str]]) -> None:
                       color=INKS["muted"])  # fmt: skip
 
 
-def _canvas(height: float) -> tuple["Figure", "Axes"]:
+def canvas(height: float) -> tuple["Figure", "Axes"]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -215,7 +216,7 @@ def _canvas(height: float) -> tuple["Figure", "Axes"]:
 
 
 @contextmanager
-def _style(salt: str) -> Iterator[None]:
+def style(salt: str) -> Iterator[None]:
     """Settings that matplotlib takes from its global table only; names are never read as TeX."""
     import matplotlib as mpl
 
@@ -235,7 +236,7 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _svg(figure: "Figure", title: str) -> str:
+def svg(figure: "Figure", title: str) -> str:
     """Inline SVG: no prolog, no namespace addresses, no fixed size, CSS variables for colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -1,11 +1,13 @@
 """Curves over the rounds, from the events of metrics.jsonl: losses, collapse monitors, pace."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from medfl.report.figures import Panel, Series, curves, limits_of
+from medfl.report.figures import ARM_INKS, Panel, Series, curves, limits_of
 from medfl.report.tables import Run, ordered_sites
+from medfl.report.words import TITLES, TUNED, Tuned, taken_apart
 
 GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
 PHASE = "phase"  # of the events; the reason is the phase's name
@@ -78,6 +80,31 @@ def losses(run: Run) -> list[Gallery]:
     return [gallery for gallery in found if gallery.figures]
 
 
+def tuned_losses(run: Run) -> list[Gallery]:
+    """The loss of fine-tuning with the most labels that were used, one figure per protocol."""
+    points: dict[Tuned, dict[int, list[float]]] = {}
+    for event in run.events:
+        tuned = taken_apart(event.arm)
+        if tuned and (event.name, event.site) == ("loss/total", "") and math.isfinite(event.value):
+            points.setdefault(tuned, {}).setdefault(event.round, []).append(event.value)
+    panels = [Panel(title, "", _tuned_lines(points, protocol)) for protocol, title in TUNED.items()]
+    drawn = tuple(draw(panel) for panel in panels if panel.series)
+    return [Gallery("Loss of fine-tuning", "One line for each encoder, the mean of its trainings.", drawn)] * bool(
+        drawn
+    )
+
+
+def _tuned_lines(points: Mapping[Tuned, Mapping[int, Sequence[float]]], protocol: str) -> tuple[Series, ...]:
+    most = max((float(key.fraction) for key in points if key.protocol == protocol), default=1.0)
+    shown = [key for key in points if key.protocol == protocol and float(key.fraction) == most]
+    means = {key.encoder: {at: fmean(values) for at, values in sorted(points[key].items())} for key in shown}
+    return tuple(
+        Series(TITLES[arm], tuple(means[arm]), tuple(means[arm].values()), ARM_INKS[arm], strong=arm == "federated")
+        for arm in TITLES
+        if arm in means
+    )
+
+
 def phases(run: Run, kind: str) -> tuple[tuple[int, str], ...]:
     """First round and name of each phase in arms of this kind; nothing where all training is one phase."""
     told = {(e.round, e.reason) for e in run.events if e.name == PHASE and e.arm.partition(":")[0] == kind}
@@ -129,7 +156,7 @@ def rounds_of(run: Run) -> dict[str, int]:
     """Finished rounds of each arm in the pretrain stage."""
     found: dict[str, int] = {}
     for event in run.events:
-        if event.stage == "pretrain":
+        if event.stage == "pretrain" and event.arm:  # what is of no arm is of the whole stage
             found[event.arm] = max(found.get(event.arm, 0), event.round)
     return {arm: found[arm] for arm in sorted(found, key=_arm_order)}
 

@@ -4,15 +4,20 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfl.evaluation.pictures import FIELD, FOLDER, FUSION, SEGMENTATION
+from medfl.evaluation.pictures import ATTENTION, CODEBOOK, EMBEDDING, FIELD, FOLDER, FUSION, SEGMENTATION
+from medfl.report.words import TUNED
 
 PLACE = Path("sites") / FOLDER  # in the run folder
 CAPTIONS = {
     FUSION: "Sources, fused image and the mean of the sources",
-    SEGMENTATION: "Truth and prediction over the fused image",
+    SEGMENTATION: "Truth and prediction",
     FIELD: "Where matching takes the fused image from, and how far",
+    EMBEDDING: "Test images by the encoder's features",
+    ATTENTION: "What speaks for the class that is found (Grad-CAM)",
+    CODEBOOK: "Codes of the places of an image; equal colours are equal codes",
 }
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+FEDERATED = "federated"
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,32 @@ class Picture:
 
 
 def read_pictures(run_dir: Path) -> tuple[Picture, ...]:
-    """Of each site those of the federated arm, or else of the first arm by name; what is no PNG is left out."""
-    arms: dict[str, set[str]] = defaultdict(set)
+    """Of each site one of each name: of the federated arm, else of what was trained from it, else of the first by name.
+
+    What is no PNG is left out.
+    """
+    found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path in (run_dir / PLACE).glob("*/*/*.png"):
-        arms[path.parents[1].name].add(path.parent.name)
-    shown = {site: "federated" if "federated" in found else min(found) for site, found in sorted(arms.items())}
-    paths = [run_dir / PLACE / site / arm / name for site, arm in shown.items() for name in CAPTIONS]
-    found = [_picture(run_dir, path) for path in paths if path.is_file()]
-    return tuple(picture for picture in found if picture.content.startswith(SIGNATURE))
+        found[path.parents[1].name][path.name].append(path)
+    shown = [
+        _picture(run_dir, min(named[name], key=_rank))
+        for _, named in sorted(found.items())
+        for name in CAPTIONS
+        if name in named
+    ]
+    return tuple(picture for picture in shown if picture.content.startswith(SIGNATURE))
+
+
+def arm_words(arm: str) -> str:
+    """Of the name of an arm's folder: "federated", "federated, fine-tuned at each site", "local-site-2"."""
+    protocol = next((known for known in TUNED if arm.startswith(f"{known}-{FEDERATED}")), "")
+    return f"{FEDERATED}, {TUNED[protocol][0].lower()}{TUNED[protocol][1:]}" if protocol else arm
+
+
+def _rank(path: Path) -> tuple[int, str]:
+    arm = path.parent.name
+    tuned = [place for place, protocol in enumerate(TUNED, start=1) if arm.startswith(f"{protocol}-{FEDERATED}")]
+    return (0 if arm == FEDERATED else min(tuned, default=len(TUNED) + 1)), arm
 
 
 def _picture(run_dir: Path, path: Path) -> Picture:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from medfl.report.scores import NONE, Section
+from medfl.report.cells import NONE, Section
 from medfl.report.tables import Run
 
 NAME = "remark"  # of the events

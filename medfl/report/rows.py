@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.evaluation.counts import BINS
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -47,6 +52,24 @@ class Transfer:
     value: float | None
     low: float | None
     high: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Counted:
+    """One line of counts.jsonl: how often an arm at a site gave which probability, over `classes` (K).
+
+    `histogram` (K, 2, B): test images of other classes and of class k, by the bin of their probability of k.
+    `confusion` (K, K): true class by named class, -1 where withheld. No count told is of fewer images than `least`.
+    """
+
+    arm: str
+    site: str
+    protocol: str
+    label_fraction: float
+    classes: tuple[str, ...]
+    least: int
+    histogram: NDArray[np.int64]
+    confusion: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +133,24 @@ def transfer(row: Mapping[str, str]) -> Transfer:
     """From one row of transfer.csv."""
     trained, tested, kind, metric = (_filled(row, n) for n in ("trained_on", "tested_on", "kind", "metric"))
     return Transfer(trained, tested, kind, metric, *_estimate(row))
+
+
+def counted(line: str) -> Counted:
+    """From one line of counts.jsonl.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    node = json.loads(line)
+    classes = tuple(map(str, node["classes"]))
+    histogram = np.array(node["histogram"], dtype=np.int64)
+    confusion = np.array(node["confusion"], dtype=np.int64)
+    if histogram.shape != (len(classes), 2, BINS) or confusion.shape != (len(classes), len(classes)):
+        raise ValueError(f"counts of {len(classes)} classes: got {histogram.shape} and {confusion.shape}.")
+    return Counted(
+        str(node["arm"]), str(node["site"]), str(node["protocol"]), float(node["label_fraction"]),
+        classes, int(node["least"]), histogram, confusion,
+    )  # fmt: skip
 
 
 def crossing(row: Mapping[str, str]) -> Crossing:

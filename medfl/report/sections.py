@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medfl.report import codebooks, panels, remarks, scores, summary, wire
-from medfl.report.scores import NONE, TITLES, Section
+from medfl.report import codebooks, finetuned, panels, remarks, scores, sentences, summary, wire
+from medfl.report.cells import NONE, Section
 from medfl.report.summary import Comparison, Estimate, bounds
-from medfl.report.tables import FILES, Run, ordered_sites
+from medfl.report.tables import COUNTS, FILES, Run, ordered_sites, study_node
+from medfl.report.words import TITLES, TUNED
 
 CALIBRATION = {
     "site_accuracy": "Site recognised from raw intensities (balanced accuracy)",
@@ -27,8 +28,12 @@ LIMITS = {
     "segmentation": "Segmentation is scored where there are masks, by the network as it was trained.",
     "fusion": "There is no true fused image. Fusion scores say what of the sources it keeps, not whether it is better "
     "to read.",
-    "frozen": "The scores are of a frozen encoder with a small probe, trained on each site's own labels. "
-    "They are not the performance of a fine-tuned model.",
+    "frozen": "Scores of linear probe and kNN are of a frozen encoder with a small probe, trained on each site's own "
+    "labels. They are not the performance of a fine-tuned model.",
+    "tuned": "Fine-tuned networks saw each site's training labels, for as many steps as the study says and no more; "
+    "longer or better tuned training may change the order of the arms.",
+    "counts": "Curves of predictions are drawn from counts in bins, which are merged where few images fall; areas "
+    "under them differ a little from the scores in the tables.",
     "central": "Central training is a reference, not a bound: federated training may pass it.",
     "record": "What left each site is the program's own record. Updates can carry traces of the training "
     "images; keeping them within allowed roles is no formal guarantee such as differential privacy.",
@@ -46,8 +51,8 @@ def study(run: Run, main: Comparison) -> Section:
     said = wire.verdict(run)
     collapse = panels.collapse_words(run)
     return {
-        "sentence": summary.sentence(main),
-        "remarks": summary.remarks(main),
+        "sentence": sentences.sentence(main),
+        "remarks": [text for text in (*sentences.remarks(main, run.transfers), finetuned.remark(run, main)) if text],
         "tiles": tiles,
         "metric": f"Mean {summary.name_of(main)}",
         "facts": _facts(run) + _stages(run),
@@ -55,7 +60,8 @@ def study(run: Run, main: Comparison) -> Section:
         + [text for text in (collapse,) if text.startswith("Warning")]
         + [text for text in (remarks.collapse_alarm(run),) if text]
         + codebooks.index_alarms(run),
-        "notes": [f"{name} is not there ({FILES[name]})." for name in run.missing] + list(run.problems),
+        "notes": [f"{name} is not there ({FILES[name]})." for name in run.missing if _expected(run, name)]
+        + list(run.problems),
     }
 
 
@@ -79,7 +85,7 @@ def sites(run: Run) -> Section:
 def crossed(run: Run) -> Section:
     """What left each site and what reached it."""
     said = wire.verdict(run)
-    found = wire.flows(run.crossings)
+    found = wire.flows(run)
     heights = Counter(flow.site for flow in found)
     rows = [
         {
@@ -100,6 +106,7 @@ def crossed(run: Run) -> Section:
         "state": said.state,
         "text": said.text,
         "rows": rows,
+        "simulated": bool(run.sites),
         "metrics": wire.metrics_up(run.crossings),
         "up": wire.size(sum(flow.bytes for flow in found if flow.direction == "up")),
         "down": wire.size(sum(flow.bytes for flow in found if flow.direction == "down")),
@@ -142,14 +149,25 @@ def limits(run: Run, main: Comparison) -> list[str]:
     found = {
         LIMITS["seed"]: True,
         f"Few test images: the interval is wider than 0.2 at {', '.join(few)}.": bool(few),
-        LIMITS["drawn"]: str(_node(run, "data").get("_target_", "")).startswith(DRAWN),
+        LIMITS["drawn"]: str(study_node(run, "data").get("_target_", "")).startswith(DRAWN),
         LIMITS["simulated"]: bool(run.sites),
         LIMITS["segmentation"]: "segmentation" in measured,
         LIMITS["fusion"]: "fusion" in measured,
-        LIMITS["frozen"]: not measured or bool(measured - {*scores.VOLUMES}),
+        LIMITS["frozen"]: not measured or bool(measured - {*scores.VOLUMES, *TUNED}),
+        LIMITS["tuned"]: bool(measured & {*TUNED}),
+        LIMITS["counts"]: bool(run.counts),
     }
     always = [text for text in LIMITS.values() if text not in found]
     return [text for text, holds in found.items() if holds] + always
+
+
+def _expected(run: Run, file: str) -> bool:
+    """Whether a study lacks the file: counts are of class probabilities, and a site may be asked for none."""
+    if file != COUNTS:
+        return True
+    return study_node(run, "evaluation").get("counts", COUNTS) is not None and any(
+        s.metric == "auc" for s in run.scores
+    )
 
 
 def _encoder(run: Run) -> list[tuple[str, str]]:
@@ -163,16 +181,16 @@ def _encoder(run: Run) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    rounds, training = _node(run, "rounds"), _node(run, "training")
+    rounds, training = study_node(run, "rounds"), study_node(run, "training")
     unseen = sum(site.held_out for site in run.sites)
     count = len(run.sites or ordered_sites(run)) - unseen
     done = panels.rounds_of(run).get("federated", 0)
     facts = {
-        "Method": _named(_node(run, "method"), ()),
+        "Method": _named(study_node(run, "method"), ()),
         "Encoder": _named(_architecture(run), ("blocks", "base_width", "levels", "se_ratio")),
-        "Data": _data(_node(run, "data")),
+        "Data": _data(study_node(run, "data")),
         "Sites": f"{count}" + f", and {unseen} unseen" * bool(unseen) if count else "",
-        "Split into sites": ", ".join(_values(_node(run, "sites"), ("alpha", "quantity", "severity", "held_out"))),
+        "Split into sites": ", ".join(_values(study_node(run, "sites"), ("alpha", "quantity", "severity", "held_out"))),
         "Federated rounds": f"{done} of {rounds['count']} done" if "count" in rounds else f"{done} done",
         "Steps per site and round": _plain(training["steps"]) if "steps" in training else "",
         "Images per step": _plain(training["batch_size"]) if "batch_size" in training else "",
@@ -183,7 +201,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _architecture(run: Run) -> Mapping[str, Any]:
     """Of the trained encoder; before there is one, of the study's, where the method takes that."""
-    known, asked = run.encoder.get("architecture"), _node(run, "method").get("encoder")
+    known, asked = run.encoder.get("architecture"), study_node(run, "method").get("encoder")
     return known if isinstance(known, dict) else asked if isinstance(asked, dict) else {}
 
 
@@ -192,18 +210,19 @@ def _stages(run: Run) -> list[tuple[str, str]]:
     done = panels.rounds_of(run)
     behind = _behind(run, done)
     state = f"not finished: {', '.join(behind)}" if behind else "done"
-    arms = dict.fromkeys(score.arm.partition(":")[0] for score in run.scores)
-    evaluated = ", ".join(TITLES.get(arm, arm).lower() for arm in arms)
+    frozen = {score.arm.partition(":")[0] for score in run.scores if score.protocol not in TUNED}
+    tuned = [title.lower() for name, title in TUNED.items() if any(s.protocol == name for s in run.scores)]
     return [
         ("Pretraining", state if done else "no round yet"),
-        ("Evaluated", evaluated or "nothing yet"),
+        *([("Fine-tuning", ", ".join(tuned) or "nothing evaluated yet")] if finetuned.asked(run) else []),
+        ("Evaluated", ", ".join(title.lower() for arm, title in TITLES.items() if arm in frozen) or "nothing yet"),
         ("Transfer matrix", "done" if run.transfers else "not yet"),
     ]
 
 
 def _behind(run: Run, done: Mapping[str, int]) -> list[str]:
     """Arms that have rounds to go, and kinds of arms that the study names and that have not begun."""
-    wanted, listed = _node(run, "rounds").get("count"), run.config.get("arms")
+    wanted, listed = study_node(run, "rounds").get("count"), run.config.get("arms")
     begun = {arm.partition(":")[0] for arm in done}
     ahead = [str(arm) for arm in listed if arm not in (*begun, "random")] if isinstance(listed, list) else []
     return [arm for arm, count in done.items() if isinstance(wanted, int) and count < wanted] + ahead
@@ -220,11 +239,6 @@ def _data(node: Mapping[str, Any]) -> str:
 
 def _wide(cell: Estimate | None) -> bool:
     return cell is not None and cell.low is not None and cell.high is not None and cell.high - cell.low > 0.2
-
-
-def _node(run: Run, name: str) -> Mapping[str, Any]:
-    node = run.config.get(name)
-    return node if isinstance(node, dict) else {}
 
 
 def _named(node: Mapping[str, Any], arguments: Sequence[str]) -> str:

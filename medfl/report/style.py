@@ -24,6 +24,7 @@ h1 { font-size: 1rem; font-weight: 600; color: var(--muted); overflow-wrap: anyw
 h2 { font-size: 1.3rem; margin-bottom: 4px; }
 h3 { font-size: 1rem; margin: 28px 0 4px; }
 p { margin: 6px 0; max-width: 76ch; }
+p, li, h2, h3, summary { overflow-wrap: anywhere; }
 a { color: var(--accent); }
 code, pre { font-family: var(--mono); font-size: 0.86em; overflow-wrap: anywhere; }
 section { margin-top: 52px; padding-top: 20px; border-top: 1px solid var(--line); }
@@ -56,12 +57,14 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.94rem; min-width: 50%; }
 th, td { text-align: right; padding: 7px 14px; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; white-space: nowrap; }
-tbody th { white-space: normal; min-width: 4em; max-width: 16em; overflow-wrap: break-word; }
-thead th { color: var(--muted); font-size: 0.84rem; vertical-align: bottom; }
+tbody th { white-space: normal; min-width: 5.5em; max-width: 16em; overflow-wrap: break-word; }
+thead th { color: var(--muted); font-size: 0.84rem; vertical-align: bottom; white-space: normal;
+  overflow-wrap: break-word; max-width: 13em; }
 th.l, td.l, tbody th { text-align: left; }
 tr > th:first-child { padding-left: 0; }
 table.wire tbody th { padding-left: 0; } table.wire th, table.wire td { padding-top: 4px; padding-bottom:
   4px; }
+td { white-space: nowrap; } td.l, td.text { white-space: normal; }
 td small { display: block; color: var(--muted); font-size: 0.78rem; white-space: nowrap; }
 table.wire td.own { color: var(--accent); font-weight: 600; }
 tr.sum > * { border-top: 2px solid var(--ink); border-bottom: 2px solid var(--line); font-weight: 600; }
@@ -79,7 +82,8 @@ td.text { max-width: 76ch; overflow-wrap: break-word; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 18px
   26px; margin: 12px 0; }
-figure { margin: 0; break-inside: avoid; }
+.grid.long { grid-template-columns: minmax(0, 1fr); }
+figure { margin: 0; min-width: 0; break-inside: avoid; }
 figcaption { font-size: 0.88rem; font-weight: 600; margin-bottom: 2px; overflow-wrap: anywhere; }
 figure .note { font-size: 0.84rem; margin: 2px 0 0; max-width: 48ch; }
 svg { display: block; width: 100%; height: auto; max-width: 440px; font-family: var(--sans);
@@ -93,6 +97,7 @@ table.heat thead th { text-align: center; }
 table.heat td[style] { background: color-mix(in oklab, var(--high) var(--heat), var(--low)); }
 table.heat td small { color: inherit; } table.heat td.strong { color: var(--on-high); }
 table.heat td.own { outline: 2px solid var(--ink); outline-offset: -5px; }
+table.small { min-width: 0; } table.small td { min-width: 64px; padding: 5px 8px; }
 table.heat tr.first > * { border-top: 12px solid var(--paper); }
 details { margin: 14px 0; }
 summary { cursor: pointer; color: var(--accent); }
@@ -109,12 +114,14 @@ ul.limits li { margin: 5px 0; max-width: 84ch; }
   td small { white-space: normal; font-size: 0.7rem; min-width: 46px; }
   .tag { display: table; padding: 0 4px; font-size: 0.62rem; }
   tbody th { position: sticky; left: 0; background: var(--paper); max-width: 9em; }
-  figure.picture { margin: 14px 0; }
-figure.picture img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
-table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
-@media print { nav { display: none; } body { font-size: 11px; } main { max-width: none; padding: 0; }
-  section { margin-top: 22px; padding-top: 10px; } .grid { grid-template-columns: repeat(3, 1fr); }
-  tr, figure, .tile, .box { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow:
-  visible; }
+  thead th { min-width: 5em; max-width: 9em; }
+  table.heat td { min-width: 60px; padding: 6px 4px; } svg { max-width: none; } }
+@media print { html { font-size: 11px; } body { font-size: 1rem; } nav { display: none; }
+  main { max-width: none; padding: 0; } section { margin-top: 22px; padding-top: 10px; } .scroll { overflow: visible; }
+  .grid { grid-template-columns: repeat(3, 1fr); } .grid.long { grid-template-columns: 1fr; }
+  table { font-size: 0.9em; } th, td small { white-space: normal; } th, td { padding: 3px 6px; }
+  tr, figure, .tile, .box { break-inside: avoid; } h2, h3, summary, .note { break-after: avoid; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  summary { list-style: none; color: var(--ink); font-weight: 600; } figure.picture img { max-height: 24cm; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

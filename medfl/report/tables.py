@@ -17,13 +17,15 @@ import yaml
 from medfl.errors import DataError
 from medfl.report import rows
 from medfl.report.pictures import Picture, read_pictures
-from medfl.report.rows import Crossing, Event, Score, Site, Transfer
+from medfl.report.rows import Counted, Crossing, Event, Score, Site, Transfer
 
+COUNTS = "counts.jsonl"
 FILES = {  # what each file holds, for the sentence that says that it is absent
     "config.yaml": "the resolved study",
     "metrics.jsonl": "losses, monitors and times of each round",
     "evaluation.csv": "the scores of the evaluate stage",
     "transfer.csv": "the scores of the transfer stage",
+    COUNTS: "how often which probability was given, for the curves",
     "wire.csv": "what crossed each site's border",
     "sites.json": "the simulated sites and their shift",
     "encoder.json": "the description of the trained encoder",
@@ -43,6 +45,7 @@ class Run:
     events: tuple[Event, ...] = ()
     scores: tuple[Score, ...] = ()
     transfers: tuple[Transfer, ...] = ()
+    counts: tuple[Counted, ...] = ()
     crossings: tuple[Crossing, ...] = ()
     sites: tuple[Site, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +82,7 @@ def read_run(run_dir: Path) -> Run:
     events, bad_events = read_events(run_dir / "metrics.jsonl")
     scores, bad_scores = read_table(run_dir / "evaluation.csv", rows.score)
     transfers, bad_transfers = read_table(run_dir / "transfer.csv", rows.transfer)
+    counts, bad_counts = read_counts(run_dir / COUNTS)
     crossings, bad_crossings = read_table(run_dir / "wire.csv", rows.crossing)
     sites, calibration, bad_sites = read_sites(run_dir / "sites.json")
     encoder, bad_encoder = read_json(run_dir / "encoder.json")
@@ -92,6 +96,7 @@ def read_run(run_dir: Path) -> Run:
         events=events,
         scores=scores,
         transfers=transfers,
+        counts=counts,
         crossings=crossings,
         sites=sites,
         calibration=calibration,
@@ -99,7 +104,9 @@ def read_run(run_dir: Path) -> Run:
         pictures=pictures,
         hashes={name: hashlib.sha256(content).hexdigest() for name, content in read.items()},
         missing=missing,
-        problems=bad_config + bad_events + bad_scores + bad_transfers + bad_crossings + bad_sites + bad_encoder,
+        problems=(
+            bad_config + bad_events + bad_scores + bad_transfers + bad_counts + bad_crossings + bad_sites + bad_encoder
+        ),
     )
 
 
@@ -143,6 +150,13 @@ def read_table(path: Path, parse: Callable[[Mapping[str, str]], Row]) -> Rows[Ro
     return _parsed(path.name, csv.DictReader(_text(path).splitlines()), parse)
 
 
+def read_counts(path: Path) -> Rows[Counted]:
+    """The lines of counts.jsonl; a repeated (arm, site, protocol, label fraction) counts once: the last."""
+    found, problems = _parsed(path.name, _text(path).splitlines(), rows.counted)
+    kept = {(row.arm, row.site, row.protocol, row.label_fraction): row for row in found}
+    return tuple(kept.values()), problems
+
+
 def read_sites(path: Path) -> tuple[tuple[Site, ...], Mapping[str, Any], tuple[str, ...]]:
     """Sites and calibration of a simulation."""
     tree, problems = read_json(path)
@@ -150,6 +164,12 @@ def read_sites(path: Path) -> tuple[tuple[Site, ...], Mapping[str, Any], tuple[s
     found, bad = _parsed(path.name, listed if isinstance(listed, list) else [], rows.site)
     calibration = tree.get("calibration")
     return found, calibration if isinstance(calibration, dict) else {}, problems + bad
+
+
+def study_node(run: Run, name: str) -> Mapping[str, Any]:
+    """A section of the study, {} where there is none."""
+    node = run.config.get(name)
+    return node if isinstance(node, dict) else {}
 
 
 def ordered_sites(run: Run) -> tuple[str, ...]:

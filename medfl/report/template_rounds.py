@@ -9,6 +9,10 @@ TRAINING = """
 <details><summary>The terms of the loss and the method's own monitors</summary>
 {% for part in losses[1:] %}{{ gallery(part) }}{% endfor %}</details>
 {% endif %}
+{% if tuned_losses %}
+<details><summary>The loss of fine-tuning</summary>
+{% for part in tuned_losses %}{{ gallery(part) }}{% endfor %}</details>
+{% endif %}
 {% else %}
 {{ absent("No round of pretraining is recorded yet (metrics.jsonl).") }}
 {% endif %}
@@ -41,7 +45,7 @@ few images of a site use is not sent, and counts as not used there.</p>
 {% endif %}
 {% if codebooks.rows %}
 <h3>Each site in round {{ codebooks.round }}</h3>
-<div class="scroll"><table><thead><tr><th class="l">Codebook</th><th class="l">Site</th>
+<div class="scroll" tabindex="0"><table><thead><tr><th class="l">Codebook</th><th class="l">Site</th>
 {% for heading, _ in codebooks.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in codebooks.rows %}
 <tr>{% if row.height %}<th rowspan="{{ row.height }}">{{ row.book }}</th>{% endif %}<td class="l">{{ row.site }}</td>
@@ -57,8 +61,8 @@ few images of a site use is not sent, and counts as not used there.</p>
 
 REMARKS = """
 {%- macro remarked(rows) %}
-<div class="scroll"><table><thead><tr><th class="l">Arm</th><th class="l">Rounds</th><th class="l">Remark</th></tr>
-</thead><tbody>{% for row in rows %}
+<div class="scroll" tabindex="0"><table><thead><tr><th class="l">Arm</th><th class="l">Rounds</th>
+<th class="l">Remark</th></tr></thead><tbody>{% for row in rows %}
 <tr{% if row.alarm %} class="alarm"{% endif %}><th class="l">{{ row.arm }}</th><td class="l">{{ row.rounds }}</td>
 <td class="l text">{{ row.text }}</td></tr>{% endfor %}</tbody></table></div>
 {%- endmacro %}

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 from medfl.report.rows import Crossing
 from medfl.report.tables import Run
+from medfl.report.words import taken_apart
 
 STAYS = ("queue", "local", "fixed")  # roles that never leave a site
 TRAVELS = ("parameter", "norm_moments", "codebook", "target", "statistics")
 METRIC = "metric"
+CENTRAL = "central"  # what a simulation calls the place with all data: no site
+ENDS = re.compile(r"/(value|low|high)$")  # of a metric's name
 WORDS = {
     "parameter": "weights",
     "norm_moments": "batch-norm statistics over many images",
     "codebook": "codebook counts and sums over many images",
     "target": "weights of the slow copy that sets the training target",
-    "statistics": "feature sums over many images, for the monitors",
+    "statistics": "sums over many images: features for the monitors, counts of predictions for curves",
     "metric": "single numbers, named below",
     "order": "the study and what to run",
     "queue": "features of single patients",
@@ -45,18 +48,25 @@ class Verdict:
     text: str
 
 
-def flows(crossings: Sequence[Crossing]) -> list[Flow]:
-    """Sums over the federated arm by site, direction (up first) and role, in the order of `WORDS`.
+def flows(run: Run) -> list[Flow]:
+    """Sums by site, direction (up first) and role, in the order of `WORDS`.
 
-    The arms that it is compared with cross no border: a simulation only sends them over the same carrier.
+    Of a simulation those of the federated arm and of what is trained from it: the arms that it is compared with would
+    cross no border, a simulation only sends them over the same carrier.
     """
     groups: dict[tuple[str, str, str], list[Crossing]] = {}
-    for row in crossings:
-        if row.arm in ("federated", ""):
+    for row in run.crossings:
+        if not run.sites or (_crosses(row.arm) and row.site != CENTRAL):
             groups.setdefault((row.site, row.direction, row.role), []).append(row)
     rank = {role: place for place, role in enumerate(WORDS)}
     order = sorted(groups, key=lambda key: (key[0], key[1] == "down", rank.get(key[2], len(rank)), key[2]))
     return [_flow(*key, groups[key]) for key in order]
+
+
+def _crosses(arm: str) -> bool:
+    tuned = taken_apart(arm)
+    further = tuned is not None and tuned.encoder == "federated" and not tuned.protocol.startswith("central")
+    return arm in ("federated", "") or further
 
 
 def verdict(run: Run) -> Verdict:
@@ -77,8 +87,8 @@ def verdict(run: Run) -> Verdict:
 
 
 def metrics_up(crossings: Sequence[Crossing]) -> list[str]:
-    """Names of the single numbers that left a site."""
-    return sorted({row.name for row in crossings if row.direction == "up" and row.role == METRIC})
+    """Names of the single numbers that left a site; of a score with its interval one name."""
+    return sorted({ENDS.sub("", row.name) for row in crossings if row.direction == "up" and row.role == METRIC})
 
 
 def size(count: float) -> str:

@@ -59,8 +59,7 @@ class Views:
         """
         refuse_images(images)
         draw = self.draw(len(images), images.shape[2:], key=key, count=count)
-        make = self._kernel if compiles(self.backend, images.device) else self._torch
-        return list(make(images.detach(), draw).view(count, *images.shape).unbind(0))
+        return self.render(images, draw)
 
     def draw(self, images: int, size: torch.Size, *, key: int, count: int = COUNT) -> Draw:
         """The random numbers of so many images on a grid of `size`, on the CPU: the same for every device.
@@ -73,6 +72,11 @@ class Views:
         maps = self.spatial.draw(columns, size)
         tone, taps = self.intensity.draw(columns)
         return Draw(count, maps, tone, taps, salts)
+
+    def render(self, images: Tensor, draw: Draw) -> list[Tensor]:
+        """The views of `images` that were drawn."""
+        make = self._kernel if compiles(self.backend, images.device) else self._torch
+        return list(make(images.detach(), draw).view(draw.count, *images.shape).unbind(0))
 
     def _kernel(self, images: Tensor, draw: Draw) -> Tensor:
         from medfl.views import kernel

@@ -82,8 +82,8 @@ def rotations(radians: Tensor) -> Tensor:
     return turn
 
 
-def resample(images: Tensor, maps: Tensor, *, padding: str) -> Tensor:
-    """The reference: bi- or trilinear values of images (R, C, *S) at `maps` (R, d, d + 1)."""
+def resample(images: Tensor, maps: Tensor, *, padding: str, mode: str = "bilinear") -> Tensor:
+    """The reference: bi- or trilinear values, or the nearest, of images (R, C, *S) at `maps` (R, d, d + 1)."""
     sides = torch.tensor(images.shape[2:], dtype=torch.float32)
     dims = len(sides)
     # From voxels to [-1, 1] of each axis; torch counts the axes from the last.
@@ -91,4 +91,4 @@ def resample(images: Tensor, maps: Tensor, *, padding: str) -> Tensor:
     theta = maps * scale.to(maps.device, non_blocking=True)
     theta = torch.cat([theta[:, :, :dims].flip(1, 2), theta[:, :, dims:].flip(1)], dim=2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)

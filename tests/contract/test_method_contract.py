@@ -1,4 +1,4 @@
-"""What every method keeps, whatever it is: a new file in configs/method/ is tested here without a new test."""
+"""What every method and task keeps: new files in configs/method/ and configs/task/ are tested without a new test."""
 
 import copy
 
@@ -17,11 +17,13 @@ IMAGES = 32
 def batch(method: Method, dims: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Views, and what the method reads besides them; modalities are in [0, 1]."""
     draw = torch.Generator().manual_seed(1)
-    channels, count = (4, 6) if method.segments else (1, IMAGES)
+    channels = len(getattr(method.encoder, "modalities", "1"))
+    count = 6 if method.segments else IMAGES
     views = [torch.randn(count, channels, *[16] * dims, generator=draw) for _ in range(method.views)]
     read = {"labels": torch.arange(count) % 2} if method.labelled else {}
-    if method.segments:
+    if channels > 1:
         views = [view.sigmoid() for view in views]
+    if method.segments:
         read["masks"] = torch.randint(0, 4, (count, *[16] * dims), generator=draw, dtype=torch.uint8)
     return views, read
 

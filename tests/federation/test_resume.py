@@ -13,11 +13,25 @@ import torch
 
 from medfl import checkpoint
 from medfl.errors import ConfigError, DataError
-from medfl.run_folder import RunFolder
+from medfl.run_folder import Evaluated, Event, RunFolder
 from tests.federation.small import SMALL, digest, run, small_study
 
 pytestmark = pytest.mark.federation
 ROUNDS = 4
+
+
+def test_a_line_that_a_crash_cut_short_goes_before_the_next_is_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write([Event("pretrain", "federated", 1, "", "loss/total", 0.5)])
+    folder.evaluated([Evaluated("federated", "site-1", "linear", "auc", "0.5")])
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "evaluation.csv")}
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content + content[:20])
+    folder.write([Event("pretrain", "federated", 2, "", "loss/total", 0.4)])
+    folder.evaluated([Evaluated("federated", "site-2", "linear", "auc", "0.6")])
+    assert [event["round"] for event in folder.events()] == [1, 2]
+    assert [row["site"] for row in folder.evaluations()] == ["site-1", "site-2"]
+    assert all((tmp_path / name).read_bytes().startswith(content) for name, content in whole.items())
 
 
 def command(folder: Path, *extra: str) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from client.app import app as client
 from medfl import stages
 from medfl.carriers import InProcessGrid
-from medfl.exchange import Federation
+from medfl.enrolment import Federation
 from medfl.layout import Tensors
 from medfl.messages import PRETRAIN
 from medfl.methods.base import Method

@@ -1,0 +1,1 @@
+"""Tasks: a pretrained encoder with a head, trained with labels or masks through the same rounds as pretraining."""

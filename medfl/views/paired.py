@@ -1,0 +1,50 @@
+"""Views of images with their masks: moved together, while intensity is the image's alone."""
+
+import torch
+from torch import Tensor
+
+from medfl.data.sample import require, whole
+from medfl.views import compose, spatial
+from medfl.views.compose import Views
+from medfl.views.intensity import Intensity
+from medfl.views.spatial import Spatial
+
+
+class Paired:
+    """The views of `Views`, and their masks by the same maps with the nearest value; the contract is that of `Views`.
+
+    Args:
+        channels: of the image, the first ones. Further ones, such as a mask, keep their values.
+        spatial, intensity, backend: as of `Views`.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+    """
+
+    keeps_masks = True
+
+    def __init__(self, *, channels: int, spatial: Spatial, intensity: Intensity, backend: str) -> None:
+        require("views", {"channels": (channels, whole(channels), "an integer of at least 1")})
+        self.channels = channels
+        self.views = Views(spatial=spatial, intensity=intensity, backend=backend)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, key: int, count: int = compose.COUNT) -> list[Tensor]:
+        """`count` views, each (B, C, *S), of images (B, C, H, W) or (B, C, D, H, W), float32 on any device.
+
+        Raises:
+            ValueError: images of another type or shape, fewer channels than an image has, or no view asked for.
+            ConfigError: the backend "kernel" and images that are not on the CPU.
+        """
+        compose.refuse_images(images)
+        if images.shape[1] < self.channels:
+            raise ValueError(f"views: got {images.shape[1]} channels, need the {self.channels} of an image or more.")
+        draw = self.views.draw(len(images), images.shape[2:], key=key, count=count)
+        views = self.views.render(images[:, : self.channels], draw)
+        masks = images[:, self.channels :]
+        if not masks.shape[1]:
+            return views
+        maps = draw.maps.to(images.device, non_blocking=True).view(count, len(images), *draw.maps.shape[1:])
+        padding = self.views.spatial.padding
+        moved = (spatial.resample(masks, part, padding=padding, mode="nearest") for part in maps)
+        return [torch.cat(pair, dim=1) for pair in zip(views, moved, strict=True)]

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medfl import config, seeding
+from medfl.data.fractions import rows_with_labels
 from medfl.data.sample import SiteData, Split
-from medfl.data.splits import label_of_patient
 from medfl.evaluation.metrics import auc, point
 from medfl.evaluation.probe import Features, linear_probe
 from medfl.export import load_encoder
@@ -154,17 +154,7 @@ def at_site(encoder: nn.Module, site: SiteData, study: Study) -> dict[str, float
 
 def labelled(split: Split, fraction: float, key: int) -> Tensor:
     """Rows of the patients whose labels are given: the first of each class in an order that only the key decides."""
-    members: dict[int, list[str]] = {}
-    classes = label_of_patient(split.patients, split.labels.tolist())
-    for patient in sorted(classes, key=lambda patient: seeding.key(key, patient)):
-        members.setdefault(classes[patient], []).append(patient)
-    chosen = {
-        patient
-        for label, patients in members.items()
-        if label >= 0
-        for patient in patients[: max(LEAST, round(fraction * len(patients)))]
-    }
-    return torch.tensor([row for row, patient in enumerate(split.patients) if patient in chosen])
+    return rows_with_labels(split, fraction, least=LEAST, key=key)
 
 
 def fine_tuned(encoder: nn.Module, site: SiteData, rows: Tensor, study: Study) -> nn.Module:

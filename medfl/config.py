@@ -63,7 +63,8 @@ def compose(overrides: Sequence[str]) -> Study:
         raise ConfigError("configs/study.yaml must be a mapping.")
     named = {str(key): value for key, value in tree.items()}
     if named["run"]["dir"] is None:
-        parts = [choices["method"], str(named["data"].get("name") or choices["data"]), choices["sites"]]
+        what = choices["method"] if choices["experiment"] == "None" else choices["experiment"]
+        parts = [what, str(named["data"].get("name") or choices["data"]), choices["sites"]]
         named["run"]["dir"] = f"runs/{'-'.join(parts)}-seed{named['seed']}"
     return parse(yaml.safe_dump(named, sort_keys=False, allow_unicode=True))
 

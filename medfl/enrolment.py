@@ -25,7 +25,7 @@ from medfl.study import Study
 
 POLL = 0.2  # s, while waiting for sites to come online
 OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-9][0-9]{0,11})")
-MOST_CLASSES = 1000
+MOST_CLASSES, MOST_REGIONS = 1000, 254  # masks are of bytes, one of which means unknown
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
 BY_CODE = {error.exit_code: error for error in (ConfigError, DataError, PolicyError, ResourceError, DivergedError)}
 
@@ -151,6 +151,8 @@ def _enrolled(reply: Message, nonce: str) -> Enrolled:
     if identity.get("nonce") != nonce or not 0 < len(name) <= 64 or not name.isprintable():
         raise ReplyRefused(f"node {node}: got no valid name and nonce. Install the same medfl release there.")
     counts = {kind: int(metrics.get(f"site/{kind}", 0)) for kind in ("regions", "labelled", "masked")}
+    if not 0 <= counts["regions"] <= MOST_REGIONS:
+        raise ReplyRefused(f"site '{name}': got {counts['regions']} labels of masks, need at most {MOST_REGIONS}.")
     return Enrolled(
         node,
         name,

@@ -71,7 +71,7 @@ def workshop(source: str) -> Workshop:
         method.to(memory_format=where.memory_format(int(study.data["spatial_dims"])))  # type: ignore[call-overload]
     views = config.build(study.views)
     if method.segments and not getattr(views, "keeps_masks", False):
-        raise ConfigError(f"views: {type(views).__name__} would move images away from their masks. Take paired or crops.")
+        raise ConfigError(f"views: {type(views).__name__} would move images off their masks. Take paired or crops.")
     policy = Policy.of(method, study.rounds)
     claims, brought = study_claims(method, policy), traveling(policy)
     initial = {

@@ -5,7 +5,6 @@ import yaml
 
 from medfl import config
 from medfl.errors import ConfigError
-from medfl.workshop import new_method
 from tests.federation.small import SMALL
 
 
@@ -45,13 +44,6 @@ def test_a_mistake_is_named_in_one_line(override: str, finding: str) -> None:
 def test_received_configuration_cannot_name_other_code(target: str) -> None:
     with pytest.raises(ConfigError, match="_target_"):
         config.build({"_target_": target, "command": "true"})
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONFIGS / "experiment").glob("*.yaml")))
-def test_every_experiment_builds(name: str) -> None:
-    study = config.compose([f"experiment={name}", "encoder.base_width=4"])
-    assert new_method(study).trainable()
-    assert study.method != config.compose(["encoder.base_width=4"]).method
 
 
 def test_received_text_is_plain_data() -> None:

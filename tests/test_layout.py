@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from medfl.errors import ConfigError
 from medfl.enrolment import Enrolled
+from medfl.errors import ConfigError
 from medfl.gate import Update
 from medfl.layout import Layout, Policy, broadcast_layout, seed_layout, study_claims, update_layout
 from medfl.methods.base import Claim, Method, Role

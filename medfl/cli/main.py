@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"medfl {words[0]}: the disk is full: {error}. Free space and add resume=true.", file=sys.stderr)
         return 30
     except KeyboardInterrupt:
-        print(f"\nmedfl {words[0]}: stopped. Go on with the same command and resume=true.", file=sys.stderr)
+        again = "" if words[0] == "prepare" else " and resume=true"
+        print(f"\nmedfl {words[0]}: stopped. Go on with the same command{again}.", file=sys.stderr)
         return 130
     return 0
 

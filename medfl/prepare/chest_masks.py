@@ -115,8 +115,8 @@ def from_runs(codes: Sequence[str], name: str) -> NDArray[np.uint8]:
             raise DataError(
                 f"{name}: its run-length code is no list of pairs of numbers. Get the table anew."
             ) from error
-        ends = pairs.cumsum(axis=None).reshape(-1, 2)[:, 1] if len(pairs) else np.empty(0, np.int64)
-        if (pairs < 0).any() or (len(ends) and ends[-1] > mask.size):
+        ends = pairs.ravel().cumsum()[1::2]
+        if (pairs < 0).any() or (ends > mask.size).any():
             raise DataError(
                 f"{name}: its run-length code leaves an image of {SIDE} x {SIDE} pixels. Get the table anew."
             )

@@ -16,6 +16,7 @@ steps of all. Fine-tuning the untrained encoder is supervised training from scra
 import argparse
 import csv
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,7 +83,8 @@ def run_once(given: argparse.Namespace, name: str, seed: int) -> None:
 
 def cells_of(folder: RunFolder, protocol: str) -> tuple[str, Cells]:
     """The main metric of a protocol, and its values; a site's own encoder at its own site is the arm `local`."""
-    rows = [row for row in folder.evaluations() if row["protocol"] == protocol and row["value"]]
+    every = [row for row in folder.evaluations() if row["protocol"] == protocol and row["value"]]
+    rows = [row for row in every if float(row["label_fraction"]) == 1]
     metric = next((m for m in METRICS if any(row["metric"] == m for row in rows)), "")
     found: Cells = {}
     for row in rows:
@@ -123,7 +125,9 @@ def transfer_table(folders: Sequence[RunFolder]) -> None:
     for kind in ("representation", "end_to_end"):
         each = [summary(folder, kind) for folder in folders]
         if all(each):
-            print(f"| {kind} | {' | '.join(spread([row[place] for row in each]) for place in range(len(each[0])))} |")
+            columns = ([row[place] for row in each] for place in range(len(each[0])))
+            cells = ["–" if any(map(math.isnan, column)) else spread(column) for column in columns]
+            print(f"| {kind} | {' | '.join(cells)} |")
 
 
 def summary(folder: RunFolder, kind: str) -> list[float]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from medfl import checkpoint
+from medfl import checkpoint, export
 from medfl.enrolment import Enrolled, Federation, newcomers
 from medfl.errors import ConfigError
-from medfl.export import load_encoder, write_encoder
 from medfl.files import write_tensors
 from medfl.layout import Tensors
 from medfl.rounds import join_codebooks, refresh, run_round, seed_codebooks, stop_if_collapsed
@@ -20,7 +19,6 @@ from medfl.site import CENTRAL
 from medfl.study import Study
 
 WEIGHTS = "model.safetensors"  # in an arm's folder, when it is finished
-ENCODER_FILE, PREFIX = "encoder.safetensors", "encoder."
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def given(study: Study, name: str) -> Path | None:
     if study.encoders is None or name == "random":
         return None
     folder = RunFolder(Path(study.encoders)).arm(name)
-    return folder if (folder / ENCODER_FILE).exists() else None
+    return folder if (folder / export.WEIGHTS).exists() else None
 
 
 def training(sites: Sequence[Enrolled]) -> list[Enrolled]:
@@ -115,7 +113,7 @@ def train(
         checkpoint.save(folder / "checkpoints", server.round, server.checkpoint(), keep=study.rounds.keep_checkpoints)
         stop_if_collapsed(study, server)
     refresh(federation, server, members)
-    write_encoder(folder, study, server)
+    export.write_encoder(folder, study, server)
     write_tensors(folder / WEIGHTS, server.tensors())
 
 
@@ -126,9 +124,9 @@ def adopt(federation: Federation, name: str, folder: Path, blueprint: Blueprint)
         ConfigError: it is of another architecture than the study's.
         DataError: its files do not belong together.
     """
-    load_encoder(folder)  # checks the hash
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in load_file(folder / ENCODER_FILE).items()}
-    wanted = {slot.name: slot.shape for slot in blueprint.sends.slots if slot.name.startswith(PREFIX)}
+    export.load_encoder(folder)  # checks the hash
+    tensors = {f"{export.PREFIX}{key}": tensor for key, tensor in load_file(folder / export.WEIGHTS).items()}
+    wanted = {slot.name: slot.shape for slot in blueprint.sends.slots if slot.name.startswith(export.PREFIX)}
     odd = sorted(key for key, shape in wanted.items() if key not in tensors or tuple(tensors[key].shape) != shape)
     if odd:
         got = tuple(tensors[odd[0]].shape) if odd[0] in tensors else "nothing"
@@ -137,7 +135,7 @@ def adopt(federation: Federation, name: str, folder: Path, blueprint: Blueprint)
             f"study's encoder needs {wanted[odd[0]]}. Choose encoder= and data.channels as {folder}/encoder.json says."
         )
     server = Server.start(federation.study, name, starting_from(blueprint, tensors), None)
-    write_encoder(federation.folder.arm(name), federation.study, server)
+    export.write_encoder(federation.folder.arm(name), federation.study, server)
     write_tensors(federation.folder.arm(name) / WEIGHTS, server.tensors())
 
 

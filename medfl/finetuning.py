@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import yaml
 
-from medfl import arms, checkpoint, config
+from medfl import arms, checkpoint, config, export
 from medfl.arms import Arm
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import ConfigError
@@ -138,7 +138,7 @@ def of_tuning(federation: Federation, task: Task, tuning: Tuning) -> Federation:
 
 def encoder_of(folder: RunFolder, arm: str) -> Tensors:
     """The encoder's tensors of a trained arm, under the names they have in a task."""
-    return {name: tensor for name, tensor in arms.weights(folder, arm).items() if name.startswith(arms.PREFIX)}
+    return {name: tensor for name, tensor in arms.weights(folder, arm).items() if name.startswith(export.PREFIX)}
 
 
 def _lineage(folder: RunFolder, arm: str) -> str:

@@ -1,9 +1,11 @@
 """A made-up run folder: four hospitals, five rounds, every arm, a site without AUC, a refused reply."""
 
 import csv
+import html
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -356,3 +358,13 @@ def _encoder() -> dict[str, object]:
 
 def _key(names: Mapping[str, str], site: str) -> str:
     return next((key for key, name in names.items() if name == site), "site-1")
+
+
+def section(text, name):
+    """The words of one section, tags taken off."""
+    part = re.search(rf'<(section|header) id="{name}".*?</\1>', text, re.DOTALL)
+    return words(part[0])
+
+
+def words(markup):
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())

@@ -1,7 +1,6 @@
 """The report says what the run folder holds, no more: numbers, absences, alarms, and nothing from outside."""
 
 import csv
-import html
 import json
 import re
 import shutil
@@ -34,7 +33,9 @@ from tests.run_folder import (
     discrete_crossings,
     discrete_events,
     draw_nothing,
+    section,
     tell,
+    words,
     write_run,
     write_table,
     write_volumes,
@@ -62,16 +63,6 @@ def copy(folder, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     draw_nothing(monkeypatch)
-
-
-def section(text, name):
-    """The words of one section, tags taken off."""
-    part = re.search(rf'<(section|header) id="{name}".*?</\1>', text, re.DOTALL)
-    return words(part[0])
-
-
-def words(markup):
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
 
 
 def rows_of(path):

@@ -1,7 +1,6 @@
 """The report of a study that fine-tunes: its numbers are those of the rows, and nothing is guessed."""
 
 import csv
-import html
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from medfl.report.summary import Estimate
 from medfl.report.tables import read_run
 from medfl.report.words import ARMS as KINDS
 from medfl.report.words import HEADLINES, TUNED, Tuned, taken_apart
-from tests.run_folder import ARMS, EVALUATION, SITES, auc, draw_nothing, tell, write_run, write_table
+from tests.run_folder import ARMS, EVALUATION, SITES, auc, draw_nothing, section, tell, write_run, write_table
 from tests.run_folder_tuned import (
     BATCH,
     CLASSES,
@@ -66,15 +65,6 @@ def copy(folder, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     draw_nothing(monkeypatch)
-
-
-def section(text, name):
-    part = re.search(rf'<(section|header) id="{name}".*?</\1>', text, re.DOTALL)
-    return words(part[0])
-
-
-def words(markup):
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
 
 
 class Elements(HTMLParser):

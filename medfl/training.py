@@ -78,7 +78,7 @@ class Task:
     """The data and views of one site."""
 
     images: Tensor  # (N, C, *S) float32
-    labels: Tensor | None  # (N,) int64; never read by a method that is not `labelled`
+    labels: Tensor | None  # (N,) int64, or (N, L) int8 of a method with `findings`; read by one that is `labelled`
     views: Views
     patients: Tensor | None = None  # (N,) int64; read by a method that is `by_patient`
     masks: Tensor | None = None  # (N, *S) uint8; read by a method that `segments`
@@ -119,7 +119,8 @@ def train_locally(
     method.train()
     peaks = [group["lr"] for group in optimizer.param_groups]
     sums: dict[str, Tensor] = {}
-    for step, chosen in enumerate(indices(len(task.images), task.labels if method.labelled else None, plan)):
+    classes = task.labels if method.labelled and not method.findings else None
+    for step, chosen in enumerate(indices(len(task.images), classes, plan)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             progress = plan.progress(step + 1)
             group["lr"] = learning_rate(progress, peak=peak, warmup=plan.warmup, schedule=plan.schedule)

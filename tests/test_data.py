@@ -555,6 +555,14 @@ def test_masks_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         ({"classes": ["a", "b"]}, r"data\.classes: .* and the column data\.label"),
         ({"label": "y", "classes": [True, False]}, r"data\.classes: .* need null, or two different names"),
         ({"label": "y", "classes": ["a"]}, r"data\.classes: .* need null, or two different names or more"),
+        (
+            {"label": "y", "labels": ["a"]},
+            r"data\.labels: got \['a'\], need null, or up to 40 columns with data\.label=",
+        ),
+        *(
+            ({"labels": columns}, r"data\.labels: .* their names differ in letters and digits, are at most 33 long")
+            for columns in ([], "Mass", ["Mass", 1], ["A b", "a_b"], ["None"], ["a" * 34], [f"f{n}" for n in range(41)])
+        ),
     ],
 )
 def test_masks_and_classes_need_their_words(changes: dict[str, Any], message: str) -> None:
@@ -573,6 +581,22 @@ def test_expected_classes_are_the_same_everywhere(tmp_path: Path) -> None:
     assert found["b"].labels.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match=r"data\.label: got '2\.0', data\.classes has 1, 3\. Add it there"):
         folder(tmp_path, f"image,y\n{rows['a']}", label="y", classes=["1", "3"]).load()
+
+
+def test_findings_are_read_as_far_as_they_are_known_and_the_rarest_is_the_class(tmp_path: Path) -> None:
+    png(tmp_path / "0.png")
+    table = "image,Mass,Other Edema\n0.png,1,0\n0.png,0.0,\n0.png,,-1.0\n0.png,1.0,1\n0.png,-1,0\n"
+    records = folder(tmp_path, table, labels=["Mass", "Other Edema"]).load()
+    assert records.findings is not None
+    assert records.findings.tolist() == [[1, 0], [0, -1], [-1, -1], [1, 1], [-1, 0]]
+    assert records.classes == ("Mass", "Other Edema", "none")
+    assert records.labels.tolist() == [0, 2, -1, 1, 2]
+    absent = folder(tmp_path, "image,Mass,Hernia\n0.png,1,0\n0.png,0,0\n", labels=["Mass", "Hernia"]).load()
+    assert absent.classes == ("Mass", "Hernia", "none")  # a site need not have every finding
+    with pytest.raises(DataError, match=r"data\.labels: column 'Mass' has 'yes', need 1, 0, or for unknown -1"):
+        folder(tmp_path, "image,Mass\n0.png,1\n0.png,yes\n", labels=["Mass"]).load()
+    with pytest.raises(DataError, match=r"no column 'Mas'\. Set data\.labels\[1\] to one of: Mass"):
+        folder(tmp_path, table, labels=["Other Edema", "Mas"]).load()
 
 
 def test_real_hippocampi_keep_every_labelled_voxel(tmp_path: Path) -> None:

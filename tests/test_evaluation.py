@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from medfl.evaluation.collapse import (
     uniformity,
 )
 from medfl.evaluation.knn import knn
-from medfl.evaluation.metrics import ECE_BINS, METRICS, accuracy, auc, point, pr_auc
+from medfl.evaluation.metrics import ECE_BINS, METRICS, Metric, accuracy, auc, point, pr_auc
 from medfl.evaluation.probe import Features, Scores, linear_probe
 from medfl.evaluation.statistics import (
     Interval,
@@ -38,6 +39,7 @@ from medfl.evaluation.statistics import (
     draws,
     mean_interval,
     measure,
+    measure_findings,
     paired_difference,
     recovered_gap,
 )
@@ -242,6 +244,41 @@ def test_undefined_values_are_none_and_one_patient_has_no_interval() -> None:
     assert bootstrap(auc, p, rare, names(20), resamples=200, seed=0).low is not None
     with pytest.raises(ValueError, match="got 3 patients for 20 labels"):
         draws(auc, p, y, names(3), resamples=1, seed=0)
+
+
+def test_findings_are_sklearns_means_over_what_is_known_with_one_resample_for_all() -> None:
+    rng, findings, patients = np.random.default_rng(0), ("mass", "edema", "hernia", "fibrosis"), names(50) * 3
+    y = (rng.random((150, 4)) < (0.4, 0.15, 0.0, 0.5)).astype(np.int64)  # a hernia is nowhere
+    p = (rng.integers(10, size=(150, 4)) + 4 * y) / 14
+    p[:, 3] = np.nan  # could not be predicted
+    y[rng.random((150, 4)) < 0.3] = -1
+    y[:5] = -1
+    table = measure_findings(p, y, patients, findings, resamples=60, seed=3)
+
+    def mean_of(score: Callable[[Ints, Floats], float]) -> Metric:
+        def metric(p: Floats, y: Ints, counts: Floats | None = None) -> Floats:
+            found = []
+            for times in np.ones((1, len(y)), int) if counts is None else counts.T.astype(int):
+                parts = [(y[:, k].repeat(times), p[:, k].repeat(times)) for k in (0, 1)]
+                values = [score(truth[truth >= 0], guess[truth >= 0]) for truth, guess in parts if 1 in truth]
+                found.append(np.mean(values))
+            return np.array(found)
+
+        return metric
+
+    rows = (y >= 0).any(axis=1)
+    for name, score in {"auc": roc_auc_score, "pr_auc": average_precision_score}.items():
+        for k in (0, 1):
+            known = y[:, k] >= 0
+            assert table[f"{name}_{findings[k]}"].value == pytest.approx(score(y[known, k], p[known, k]), abs=1e-9)
+        tested = [patient for patient, there in zip(patients, rows, strict=True) if there]
+        values = draws(mean_of(score), p[rows], y[rows], tested, resamples=60, seed=3)
+        assert table[name].value == pytest.approx(values[0], abs=1e-9)
+        assert bounds(table[name]) == pytest.approx(np.quantile(values[1:], (0.025, 0.975)), abs=1e-9)
+        assert table[f"{name}_hernia"] == table[f"{name}_fibrosis"] == UNDEFINED
+    assert table["n_test"] == Interval(float(rows.sum()), None, None)
+    empty = measure_findings(p[:5], y[:5], patients[:5], findings, resamples=10, seed=0)
+    assert (empty["auc"], empty["auc_mass"], empty["n_test"].value) == (UNDEFINED, UNDEFINED, 0)
 
 
 def test_paired_difference_is_narrower_than_either_and_zero_against_itself() -> None:

@@ -45,7 +45,8 @@ def test_every_experiment_builds(name: str) -> None:
     for node in (study.data, study.sites, study.views, study.finetune.views):
         config.build(node)
     if "finetune" in study.stages:
-        task = finetuning.Task(("no", "yes"), len(study.data.get("regions") or ()))
+        findings = tuple(study.data["labels"] or ()) if "outputs" in study.task else ()
+        task = finetuning.Task(() if findings else ("no", "yes"), len(study.data.get("regions") or ()), findings)
         for protocol in study.finetune.protocols:
             assert new_method(finetuning.derive(study, task, protocol=protocol, fraction=0.1)).trainable()
 

@@ -141,6 +141,9 @@ def test_nih_from_its_archives(tmp_path: Path) -> None:
     assert set(records.patients[8:]) == {"00000005", "00000006"}
     assert records.labels.tolist() == [int(bool(n % 3)) for n in range(12)]
     assert table.labels[12] == "Pleural_Thickening"
+    several = folder(tmp_path / "nih", labels=list(table.labels))
+    assert several.findings is not None
+    assert several.findings.tolist() == [[int(bool(n % 3) and k in (4, 12)) for k in range(14)] for n in range(12)]
     assert {row["Pleural_Thickening"] for row in table.rows if row["Mass"] == "1"} == {"1"}
 
 
@@ -172,7 +175,10 @@ def test_chexpert_and_its_uncertain_labels(tmp_path: Path, uncertain: str, flag:
     assert [row["Pneumothorax"] for row in table.rows] == [flag, "1", "0", "1"]
     assert [row["No_Finding"] for row in table.rows] == ["1", "0", "0", "0"]
     assert table.left_out["lateral images"] == 1
-    records = folder(tmp_path / "to")
+    records = folder(tmp_path / "to", labels=list(table.labels))
+    assert records.findings is not None
+    known = {"0": 0, "1": 1, "": -1}
+    assert records.findings.tolist() == [[known[row[label]] for label in table.labels] for row in table.rows]
     assert splits(records) == {"train": 2, "val": 1, "test": 1}
     assert records.patients[3] == "patient00004"
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfl import config
-from medfl.data import scanner
+from medfl.data import findings, scanner
 from medfl.data.brain import Brain
 from medfl.data.calibration import calibration, statistics
 from medfl.data.phantom import Phantom
@@ -387,6 +387,28 @@ def test_calibration_tells_presets_apart(records: Records) -> None:
     assert found["quantity"].effective_sites < 3.5
     mild = calibration(preset("scanner", severity=0.5).partition(records, 0), 0)
     assert found["iid"].site_accuracy < mild.site_accuracy < found["scanner"].site_accuracy
+
+
+def test_findings_stay_with_their_images_and_are_counted_each() -> None:
+    draw, names = torch.Generator().manual_seed(0), ("Mass", "Edema", "Hernia")
+    present = torch.rand(240, 3, generator=draw) < torch.tensor([0.3, 0.4, 0.1])
+    rows = [dict(zip(names, map(str, row), strict=True)) for row in present.int().tolist()]
+    rows[0] = dict.fromkeys(names, "")
+    found, labels, classes = findings.read(rows, names)
+    plain = bare([f"p{i // 2}" for i in range(240)], labels.tolist())
+    sites = preset("iid", count=2, min_images=8).partition(replace(plain, findings=found, classes=classes), 0)
+    for site in (*sites, pool(sites)):
+        assert site.findings == names
+        for split in ("train", "val", "test"):
+            part = getattr(site, split)
+            assert torch.equal(part.findings, found[part.images[:, 0, 0, 0].long()])
+    counted = [row["classes"] for row in describe(sites, None)["sites"]]
+    assert [[row[name] for name in names] for row in counted] == [
+        (s.train.findings == 1).sum(0).tolist() for s in sites
+    ]
+    assert [row["none"] for row in counted] == [int((s.train.findings == 0).all(1).sum()) for s in sites]
+    with pytest.raises(ValueError, match=r"got findings \(240, 3\), need \(240, 1\)"):
+        replace(plain, findings=found)
 
 
 def test_pool_and_description_leave_the_unseen_site_out_and_name_nobody(records: Records) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.data import label_map, volume
+from medfl.data import findings, label_map, volume
 from medfl.data.datalist import Row, cells, read_rows, split_of
 from medfl.data.sample import UNLABELLED, Records, named, number, require, whole
 from medfl.data.splits import check_patients
@@ -38,6 +38,7 @@ class Folder:
         label, patient, site, split: further columns, each null when there is none. Without `patient` every
             image is its own patient; without `split`, splits are assigned by patient.
         classes: the labels to expect, in order, so that a list that lacks one has the same classes; null: those there.
+        labels: in place of `label`, columns of 1, 0, and for unknown -1 or an empty cell, one for each finding.
         mask: column of label maps, relative to `root`, each on the grid of its image; an empty cell is not labelled.
         regions: name -> the values in the label maps that make it up. They become the labels 1, 2, ... in ascending
             order; 0 is the background, any other value is refused.
@@ -59,6 +60,7 @@ class Folder:
     image: str
     label: str | None
     classes: Sequence[str] | None
+    labels: Sequence[str] | None
     mask: str | None
     regions: Mapping[str, Sequence[int]] | None
     patient: str | None
@@ -113,6 +115,12 @@ class Folder:
                     self.classes is None or (texts and self.label is not None),
                     "null, or two different names or more, in quotes, and the column data.label",
                 ),
+                "labels": (
+                    self.labels,
+                    self.labels is None or (findings.usable(self.labels) and self.label is None),
+                    f"null, or up to {findings.MOST} columns with data.label=null; their names differ in letters and "
+                    f"digits, are at most {findings.LONGEST} long, and none is {findings.NONE!r}",
+                ),
                 "mask": (self.mask, self.mask is None or bool(self.regions), "null, or a column and data.regions"),
                 "regions": (
                     self.regions,
@@ -135,11 +143,10 @@ class Folder:
             DataError: a missing folder, list or column; an image, mask, label or split that cannot be used, by name.
         """
         columns = {name: getattr(self, name) for name in ("image", "label", "mask", "patient", "site", "split")}
+        columns |= {f"labels[{place}]": column for place, column in enumerate(self.labels or ())}
         rows = read_rows(self._root, self.datalist, columns, one="image")
         rows, placed = self._usable(rows)
-        labels, classes = read_labels(
-            [row[self.label] for row in rows] if self.label else [""] * len(rows), self.classes
-        )
+        found, labels, classes = self._labels(rows)
         patients = cells(self.datalist, rows, self.patient, or_else=lambda row: row[self.image])
         splits = tuple(split_of(self.datalist, row, self.split) for row in rows)
         check_patients(patients, splits)
@@ -157,7 +164,14 @@ class Folder:
                 name: tuple(sorted(1 + self._values.index(value) for value in set(values)))
                 for name, values in (self.regions or {}).items()
             },
+            findings=found,
         )
+
+    def _labels(self, rows: list[Row]) -> tuple[Tensor | None, Tensor, tuple[str, ...]]:
+        """Findings, classes (N,) and the names of these."""
+        if self.labels:
+            return findings.read(rows, self.labels)
+        return None, *read_labels([row[self.label] for row in rows] if self.label else [""] * len(rows), self.classes)
 
     @property
     def _root(self) -> Path:

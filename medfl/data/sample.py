@@ -29,6 +29,9 @@ class Records:
         spacing: mm along each axis of the grid.
         masks: (N, *S) uint8, or None. `UNLABELLED` in every voxel: not known for this image.
         modalities: the contrast in each channel, such as ("flair", "t1"), or () where channels are not contrasts.
+        findings: (N, L) int8, 1 present, 0 absent, -1 unknown, or None. With them `classes` are the names of the
+            findings and "none" at the end, and a label is the rarest finding of its image: splits, sites and shares of
+            the labels are balanced by it, and nothing learns it.
         regions: what is scored in the masks, name -> the labels that make it up; {} without masks.
 
     Raises:
@@ -45,6 +48,7 @@ class Records:
     masks: Tensor | None
     modalities: tuple[str, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    findings: Tensor | None = None
 
     def __post_init__(self) -> None:
         count, grid = len(self.images), tuple(self.images.shape[2:])
@@ -60,6 +64,11 @@ class Records:
         if (self.masks is None) == bool(self.regions):
             got = "no masks" if self.masks is None else "masks"
             raise ValueError(f"records: got {got} and the regions {dict(self.regions)}, need both or neither.")
+        if self.findings is not None and tuple(self.findings.shape) != (count, len(self.classes) - 1):
+            raise ValueError(
+                f"records: got findings {tuple(self.findings.shape)}, need {(count, len(self.classes) - 1)}: "
+                "a column for each class but the last."
+            )
         if strange := set(self.splits) - {*SPLITS, ""}:
             raise ValueError(f"records: got split {sorted(strange)[0]!r}, need one of {', '.join(SPLITS)}.")
         if self.modalities and not (named(self.modalities) and len(self.modalities) == self.images.shape[1]):
@@ -80,6 +89,7 @@ class Split:
     labels: Tensor
     patients: tuple[str, ...]
     masks: Tensor | None
+    findings: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,6 +113,16 @@ class SiteData:
     modalities: tuple[str, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What each image has or has not, by name; () where images are of one class each."""
+        return () if self.train.findings is None else self.classes[:-1]
+
+    @property
+    def exclusive(self) -> tuple[str, ...]:
+        """The classes of which each image has one; () where images have findings."""
+        return () if self.findings else self.classes
+
 
 class Source(Protocol):
     """Where records come from; what a node of the config group `data` builds."""
@@ -124,18 +144,29 @@ def choose(records: Records, rows: Sequence[int]) -> Split:
         labels=records.labels[index],
         patients=tuple(records.patients[row] for row in rows),
         masks=None if records.masks is None else records.masks[index],
+        findings=None if records.findings is None else records.findings[index],
     )
 
 
 def join(splits: Sequence[Split]) -> Split:
     """Several splits as one, in the given order."""
     masks = [split.masks for split in splits if split.masks is not None]
+    findings = [split.findings for split in splits if split.findings is not None]
     return Split(
         images=torch.cat([split.images for split in splits]),
         labels=torch.cat([split.labels for split in splits]),
         patients=tuple(patient for split in splits for patient in split.patients),
         masks=torch.cat(masks) if len(masks) == len(splits) else None,
+        findings=torch.cat(findings) if len(findings) == len(splits) else None,
     )
+
+
+def class_counts(site: SiteData) -> dict[str, int]:
+    """How many training images are of each class, or have each finding; those without one are "none"."""
+    counts = {name: int((site.train.labels == place).sum()) for place, name in enumerate(site.classes)}
+    if site.train.findings is not None:
+        counts |= dict(zip(site.findings, (site.train.findings == 1).sum(0).tolist(), strict=True))
+    return counts
 
 
 def present(images: Tensor) -> Tensor:

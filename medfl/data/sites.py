@@ -19,6 +19,7 @@ from medfl.data.sample import (
     SiteData,
     Split,
     choose,
+    class_counts,
     join,
     labelled,
     named,
@@ -266,7 +267,7 @@ def describe(sites: Sequence[SiteData], calibration: Calibration | None) -> dict
         {
             "name": site.name,
             **{split: len(getattr(site, split)) for split in SPLITS},
-            "classes": {name: int((site.train.labels == i).sum()) for i, name in enumerate(site.classes)},
+            "classes": class_counts(site),
             "profile": profiles.title(site.profile, len(site.spacing)),
             "held_out": site.held_out,
             **_holdings(site),

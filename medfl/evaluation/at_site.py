@@ -4,16 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medfl import seeding
+from medfl.data.findings import score_name
 from medfl.data.fractions import labels_key, rows_with_labels
 from medfl.data.sample import SiteData, Split
 from medfl.errors import ConfigError
 from medfl.evaluation.knn import knn
+from medfl.evaluation.metrics import Array, Labels
 from medfl.evaluation.probe import Features, Scores, linear_probe, nothing
-from medfl.evaluation.statistics import Interval, measure
+from medfl.evaluation.statistics import OF_FINDINGS, Interval, measure, measure_findings
 from medfl.evaluation.volumes import Table, fusion, segmentation
 from medfl.methods.base import Method
 from medfl.study import Evaluation
@@ -28,8 +31,8 @@ def probe(
     """Every protocol's metrics as {"linear/auc/value": …, "linear/auc/low": …}, and the predictions behind them.
 
     What is undefined is left out. "linear@0.1" is the linear probe with a tenth of the labels. The protocol "fusion"
-    gives "average" too, the same metrics of the plain mean of the modalities. Predictions are those with all labels;
-    they must not leave the site.
+    gives "average" too, the same metrics of the plain mean of the modalities. Scores of single findings are given with
+    all labels alone. Predictions are those of classes with all labels; they must not leave the site.
 
     Args:
         method: in eval mode; only `classifier` and `segmentation` look at more than its encoder.
@@ -49,6 +52,13 @@ def probe(
         tables[protocol] = measure(
             scores.probabilities, scores.labels, scores.patients, resamples=plan.resamples, seed=draw
         )
+    names = [score_name(finding) for finding in data.findings]
+    for protocol, rows in _findings(method, data, plan, device, seed=seed, least=least).items():
+        table = measure_findings(
+            rows, _findings_of(data.test), data.test.patients, names, resamples=plan.resamples, seed=draw
+        )
+        means = {name: table[name] for name in (*OF_FINDINGS, "n_test")}
+        tables[protocol] = means if "@" in protocol else table
     metrics = {name: value for protocol, table in tables.items() for name, value in _named(protocol, table).items()}
     return metrics, {protocol: scores for protocol, scores in classified.items() if "@" not in protocol}
 
@@ -75,25 +85,58 @@ def _classes(
     method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int, least: int
 ) -> dict[str, Scores]:
     """The class probabilities of the test split by each protocol that gives some; {} where there are no classes."""
-    asked = [protocol for protocol in plan.protocols if protocol not in VOLUMES]
-    if not asked or not data.classes:
+    if not data.exclusive:
         return {}
-    classes, found = len(data.classes), {}
-    if "classifier" in asked:
+    found = {}
+    if "classifier" in plan.protocols:
         found["classifier"] = _classified(method, data, device, plan.batch_size)
-    if not {"linear", "knn"} & set(asked):
-        return found
-    train, val, test = (
-        _features(method.encoder, s, device, plan.batch_size) for s in (data.train, data.val, data.test)
-    )
+    features = _features(method.encoder, data, plan, device)
+    return found | _probed(features, data, plan, classes=len(data.classes), seed=seed, least=least)
+
+
+def _findings(
+    method: Method, data: SiteData, plan: Evaluation, device: torch.device, *, seed: int, least: int
+) -> dict[str, Array]:
+    """The probability of each finding in each test image, (N, L), by the same protocols; {} where there are neither.
+
+    Linear probe and kNN are fitted to each finding by itself; NaN where a finding could not be.
+    """
+    if not data.findings or not len(data.test):
+        return {}
+    found: dict[str, Array] = {}
+    if "classifier" in plan.protocols:
+        rows = _outputs(_probabilities(method, data), data.test.images, device, plan.batch_size)
+        found["classifier"] = rows.double().numpy()
+    features = _features(method.encoder, data, plan, device)
+    for place in range(len(data.findings)):
+        column = {
+            name: replace(features[name], labels=torch.from_numpy(_findings_of(split)[:, place]))
+            for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+            if name in features
+        }
+        for protocol, scores in _probed(column, data, plan, classes=2, seed=seed, least=least).items():
+            table = found.setdefault(protocol, np.full((len(data.test), len(data.findings)), np.nan))
+            if len(scores.labels):
+                table[column["test"].labels.numpy() >= 0, place] = scores.probabilities[:, 1]
+    return found
+
+
+def _probed(
+    features: Mapping[str, Features], data: SiteData, plan: Evaluation, *, classes: int, seed: int, least: int
+) -> dict[str, Scores]:
+    """Linear probe and kNN, whichever the plan asks for, with each of its shares of the labels."""
+    if not features:
+        return {}
+    train, val, test = (features[name] for name in ("train", "val", "test"))
     protocols: Mapping[str, Callable[[Features], Scores]] = {
         "linear": lambda few: linear_probe(few, val, test, classes=classes, grid=plan.regularization, seed=seed),
         "knn": lambda few: knn(few, test, classes=classes, neighbors=plan.neighbours, temperature=TEMPERATURE),
     }
+    found: dict[str, Scores] = {}
     for fraction in plan.fractions:
         few = train if fraction == 1 else _few(train, data, fraction, seed=seed, least=least)
         ending = "" if fraction == 1 else f"@{fraction:g}"
-        found |= {f"{name}{ending}": protocols[name](few) for name in asked if name in protocols}
+        found |= {f"{name}{ending}": protocols[name](few) for name in plan.protocols if name in protocols}
     return found
 
 
@@ -119,20 +162,45 @@ def _outputs(module: Callable[[Tensor], Tensor], images: Tensor, device: torch.d
     return torch.cat([module(part.to(device)).float().cpu() for part in torch.split(images, batch)])
 
 
-def _features(encoder: nn.Module, split: Split, device: torch.device, batch: int) -> Features:
-    """Representations (N, F) of one split; an empty split has none."""
-    if not len(split):
-        return Features(torch.empty(0, 1), split.labels, split.patients)
-    return Features(_outputs(encoder, split.images, device, batch), split.labels, split.patients)
+def _features(encoder: nn.Module, data: SiteData, plan: Evaluation, device: torch.device) -> dict[str, Features]:
+    """Representations (N, F) of each split, an empty one has none; {} where no protocol reads them."""
+    if not {"linear", "knn"} & set(plan.protocols):
+        return {}
+    return {
+        name: Features(
+            _outputs(encoder, split.images, device, plan.batch_size) if len(split) else torch.empty(0, 1),
+            split.labels,
+            split.patients,
+        )
+        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+    }
+
+
+def _findings_of(split: Split) -> Labels:
+    """(N, L), 1, 0 or -1."""
+    if split.findings is None:
+        raise ValueError("_findings_of: got a split without findings.")
+    found: Labels = split.findings.long().numpy()
+    return found
 
 
 def _classified(method: Method, data: SiteData, device: torch.device, batch: int) -> Scores:
     """The trained classifier's own probabilities on the test split (supervised methods)."""
-    probabilities = getattr(method, "probabilities", None)
-    if probabilities is None or not method.labelled:
-        raise ConfigError("evaluation.protocols has 'classifier', but this method trains none. Take [linear, knn].")
+    probabilities = _probabilities(method, data)
     if not len(data.test):
         return nothing("no test images", classes=len(data.classes))
     rows = _outputs(probabilities, data.test.images, device, batch)
     known = Features(rows, data.test.labels, data.test.patients).labelled()
     return Scores(known.features.double().numpy(), known.labels.numpy(), known.patients)
+
+
+def _probabilities(method: Method, data: SiteData) -> Callable[[Tensor], Tensor]:
+    """What the method learned to say of images (B, C, *S): classes (B, K), or findings (B, L).
+
+    Raises:
+        ConfigError: nothing of what these data have.
+    """
+    probabilities: Callable[[Tensor], Tensor] | None = getattr(method, "probabilities", None)
+    if probabilities is None or not method.labelled or method.findings != bool(data.findings):
+        raise ConfigError("evaluation.protocols has 'classifier', but this method trains none. Take [linear, knn].")
+    return probabilities

@@ -138,9 +138,10 @@ def _embedding(
 
 
 def _attention(method: Method, data: SiteData, device: torch.device) -> "Figure | None":
-    """For a trained classifier, where there are labelled images."""
+    """For a network that learned one class for each image, where there are labelled images."""
     rows = [row for row in _of_each_class(data.test.labels, LOOKED_AT) if data.test.labels[row] >= 0]
-    if not (rows and data.classes and method.labelled and hasattr(method, "classify")):
+    one = method.labelled and not method.findings
+    if not (rows and data.classes and one and hasattr(method, "classify")):
         return None
     rows.sort(key=lambda row: int(data.test.labels[row]))
     seen = attention.attention(method, data.test.images[rows].to(device))

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from medfl.evaluation.metrics import METRICS, Array, Labels, Metric, finite, mean
+from medfl.evaluation.metrics import METRICS, Array, Labels, Metric, auc, finite, mean, pr_auc
 from medfl.seeding import key
 
 CELLS = 300_000  # rows x resamples at once: 2.4 MB for each temporary array, which a cache can hold
+OF_FINDINGS: Mapping[str, Metric] = {"auc": auc, "pr_auc": pr_auc}
 SMALLEST_GAP = 0.02  # central - local below this is not a gap (rule 1 of the recovered gap)
 
 
@@ -101,6 +102,40 @@ def measure(
     values = _draws(METRICS, probabilities, labels, patients, resamples=resamples, seed=seed)
     table = {name: interval(each, level=level) for name, each in values.items()}
     return {**table, "n_test": Interval(float(len(labels)), None, None)}
+
+
+def measure_findings(
+    probabilities: Array,
+    labels: Labels,
+    patients: Sequence[str],
+    names: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """`OF_FINDINGS` as means over L findings, of each by itself ("auc_mass"), and `n_test`, with intervals.
+
+    A finding counts on the rows where it is known, and on no row where it has no value: one class alone, or no
+    prediction. One resample of the patients is of all findings; its mean is over those that have a value in it.
+
+    Args:
+        probabilities: (N, L) of presence; NaN where nothing could be predicted.
+        labels: (N, L), 1, 0 or -1 (unknown). Rows without a known finding are left out.
+        patients: (N,).
+        names: (L,).
+    """
+    rows = np.flatnonzero((labels >= 0).any(axis=1))
+    metrics = {
+        f"{metric}_{name}": _of_finding(measured, place)
+        for metric, measured in OF_FINDINGS.items()
+        for place, name in enumerate(names)
+    }
+    tested = [patients[row] for row in rows.tolist()]
+    values = _draws(metrics, probabilities[rows], labels[rows], tested, resamples=resamples, seed=seed)
+    means = {metric: mean(np.stack([values[f"{metric}_{name}"] for name in names]), axis=0) for metric in OF_FINDINGS}
+    table = {name: interval(each, level=level) for name, each in (means | values).items()}
+    return {**table, "n_test": Interval(float(len(rows)), None, None)}
 
 
 def interval(values: Array, *, level: float = 0.95) -> Interval:
@@ -226,6 +261,18 @@ def _draws(
             for counts in _resampled_counts(len(names), rows, resamples, seed)
         ]
     return {name: np.concatenate([part[name] for part in parts]) for name in metrics}
+
+
+def _of_finding(metric: Metric, place: int) -> Metric:
+    """The metric of one column of (N, L) probabilities and labels, on the rows where it is known and predicted."""
+
+    def measured(probabilities: Array, labels: Labels, counts: Array | None = None) -> Array:
+        rows = np.flatnonzero((labels[:, place] >= 0) & np.isfinite(probabilities[:, place]))
+        present = probabilities[rows, place]
+        both = np.stack([1 - present, present], axis=1)
+        return metric(both, labels[rows, place], None if counts is None else counts[rows])
+
+    return measured
 
 
 def _resampled_counts(patients: int, rows: NDArray[np.intp], resamples: int, seed: int) -> Iterator[Array]:

@@ -28,7 +28,6 @@ MODEL = Path("models") / "model.safetensors"
 INFERENCE, META = Path("configs") / "inference.json", Path("configs") / "metadata.json"
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 PACKAGES = ("medfl", "safetensors")  # what MONAI itself does not bring
-READERS = ("medfl.data.folder.Folder", "medfl.data.multimodal.Multimodal")
 OF_TRAINING = (
     "label",
     "patient",
@@ -39,6 +38,7 @@ OF_TRAINING = (
     "classes",
     "regions",
 )  # columns that inference has not
+READERS = {"medfl.data.folder.Folder": (*OF_TRAINING, "labels"), "medfl.data.multimodal.Multimodal": OF_TRAINING}
 BATCH = 16  # images
 LICENSE = """The weights in this bundle were trained on images of patients. No licence was set when they were exported:
 the agreement of the study decides who may use them, for what, and whether they may be passed on.
@@ -137,7 +137,7 @@ def _reader(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
         node = yaml.safe_load(file.read_text())
         given = {"depth": None, **facts["input"], "modalities": names}
         node |= {name: value for name, value in given.items() if name in node}
-    return {name: None if name in OF_TRAINING else value for name, value in node.items()}
+    return {name: None if name in READERS[node["_target_"]] else value for name, value in node.items()}
 
 
 def load(folder: Path) -> nn.Module:

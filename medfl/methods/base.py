@@ -47,6 +47,7 @@ class Method(nn.Module):
         needs: phase -> the owner group that a site must hold to take part in it; none: every site does.
         claims: whole-component prefix of tensor names -> claim; the longest prefix wins.
         labelled: True if `forward` needs labels (batches are class-balanced then); else they are never read.
+        findings: True if these labels are (B, L), 1, 0 or -1 (unknown) for each finding; batches are not balanced then.
         segments: True if `forward` takes `masks`, (B, *S) uint8, cropped like the views.
         views: how many views `forward` takes.
         masked_only: True if it trains on images with a known mask alone.
@@ -60,6 +61,7 @@ class Method(nn.Module):
     needs: Mapping[str, str] = {}
     claims: Mapping[str, Claim]
     labelled: bool = False
+    findings: bool = False
     segments: bool = False
     views: int = 2
     masked_only: bool = False

@@ -9,7 +9,7 @@ from medfl.report import codebooks, finetuned, panels, remarks, scores, sentence
 from medfl.report.cells import NONE, Section
 from medfl.report.summary import Comparison, Estimate, bounds
 from medfl.report.tables import COUNTS, FILES, Run, ordered_sites, study_node
-from medfl.report.words import TITLES, TUNED
+from medfl.report.words import OF_FINDING, TITLES, TUNED
 
 CALIBRATION = {
     "site_accuracy": "Site recognised from raw intensities (balanced accuracy)",
@@ -32,6 +32,8 @@ LIMITS = {
     "labels. They are not the performance of a fine-tuned model.",
     "tuned": "Fine-tuned networks saw each site's training labels, for as many steps as the study says and no more; "
     "longer or better tuned training may change the order of the arms.",
+    "findings": "Where images have several findings, scores are means over the findings, each weighing the same. A "
+    "finding that all of a site's test images have, or none, is left out of that site's mean.",
     "counts": "Curves of predictions are drawn from counts in bins, which are merged where few images fall; areas "
     "under them differ a little from the scores in the tables.",
     "central": "Central training is a reference, not a bound: federated training may pass it.",
@@ -155,6 +157,7 @@ def limits(run: Run, main: Comparison) -> list[str]:
         LIMITS["fusion"]: "fusion" in measured,
         LIMITS["frozen"]: not measured or bool(measured - {*scores.VOLUMES, *TUNED}),
         LIMITS["tuned"]: bool(measured & {*TUNED}),
+        LIMITS["findings"]: any(OF_FINDING.fullmatch(score.metric) for score in run.scores),
         LIMITS["counts"]: bool(run.counts),
     }
     always = [text for text in LIMITS.values() if text not in found]
@@ -162,11 +165,11 @@ def limits(run: Run, main: Comparison) -> list[str]:
 
 
 def _expected(run: Run, file: str) -> bool:
-    """Whether a study lacks the file: counts are of class probabilities, and a site may be asked for none."""
+    """Whether a study lacks the file: counts are of classes alone, and a site may be asked for none."""
     if file != COUNTS:
         return True
     return study_node(run, "evaluation").get("counts", COUNTS) is not None and any(
-        s.metric == "auc" for s in run.scores
+        s.metric == "accuracy" for s in run.scores
     )
 
 

@@ -3,6 +3,7 @@
 Imports nothing of the project's, so that any command may use it.
 """
 
+import re
 from dataclasses import dataclass
 
 TUNED = {  # fine-tuning protocol -> heading of its column
@@ -26,6 +27,7 @@ METRICS = {
     "ece": "calibration error (lower is better)",
     "balanced_accuracy": "balanced accuracy (macro recall)",
 }
+OF_FINDING = re.compile(r"(auc|pr_auc)_(.+)")
 MAIN = ("auc", "dice_wt", "dice")  # metrics that lead a protocol, the first that was measured
 HEADLINES = {  # (protocol, metric) -> title; a study's result is the first that was measured
     ("linear", "auc"): "linear-probe AUC on the frozen encoder",
@@ -81,7 +83,9 @@ def arm_name(arm: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """ "AUC", "balanced accuracy (macro recall)", "recall at 5"."""
+    """ "AUC", "AUC of mass", "balanced accuracy (macro recall)", "recall at 5"."""
+    if finding := OF_FINDING.fullmatch(metric):
+        return f"{METRICS[finding[1]]} of {finding[2].replace('_', ' ')}"
     return METRICS.get(metric, metric.replace("_", " "))
 
 

@@ -15,7 +15,7 @@ MULTIMODAL = ("nslf",)
 CONFIGS = [
     (group, path.stem) for group in ("method", "task") for path in sorted((config.CONFIGS / group).glob("*.yaml"))
 ]
-SITES_KNOW = {"classes": 2, "labels": 4}  # what a task learns from the sites
+SITES_KNOW = {"classes": 2, "labels": 4, "outputs": 3}  # what a task learns from the sites
 
 
 @pytest.fixture(params=CONFIGS, ids="-".join)

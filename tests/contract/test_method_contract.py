@@ -21,6 +21,8 @@ def batch(method: Method, dims: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     count = 6 if method.segments else IMAGES
     views = [torch.randn(count, channels, *[16] * dims, generator=draw) for _ in range(method.views)]
     read = {"labels": torch.arange(count) % 2} if method.labelled else {}
+    if method.findings:
+        read["labels"] = torch.arange(3 * count).view(count, 3) % 3 - 1
     if channels > 1:
         views = [view.sigmoid() for view in views]
     if method.segments:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medfl.data import volume
 from medfl.data.label_map import ROUNDING, SAME_PLACE
 from medfl.data.volume import majority, resampler
 from medfl.errors import DataError
@@ -97,6 +98,8 @@ def read(path: Path) -> Any:
         raise DataError(f"{path}: unknown format. Need .nii, .nii.gz or a DICOM folder.")
     try:
         image = _reader(path)
+    except DataError:
+        raise
     except Exception as error:  # the decoders raise whatever they like; the cause is always the file
         first = str(error).strip().splitlines()[:1]
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {''.join(first)}). Replace it.") from error
@@ -108,11 +111,14 @@ def read(path: Path) -> Any:
 
 
 def _reader(path: Path) -> Any:
-    from monai.data.image_reader import NibabelReader, PydicomReader
+    from monai.data.image_reader import NibabelReader
     from monai.data.meta_tensor import MetaTensor
     from monai.transforms.spatial.array import Orientation
 
-    reader: Any = PydicomReader() if path.is_dir() else NibabelReader()
+    if path.is_dir():
+        scan = volume.decoded(path)
+        return MetaTensor(scan.pixels, affine=None if scan.affine is None else torch.as_tensor(scan.affine))
+    reader: Any = NibabelReader()
     pixels, header = reader.get_data(reader.read(path))
     image = torch.from_numpy(np.asarray(pixels).astype(np.float32))[None]
     if image.ndim != 4:

@@ -1,7 +1,7 @@
 """Reading one scan and bringing it to the common grid: file -> (C, *S) raw values -> intensities -> grid.
 
-Everything here knows one scan, not the data set. MONAI reads PNG, JPEG and NIfTI; single DICOM files go
-through pydicom because MONAI inverts no MONOCHROME1 and keeps colour as an axis of space.
+Everything here knows one scan, not the data set. MONAI reads PNG, JPEG and NIfTI; DICOM is read by an allow-list
+of tags (`medfl.data.dicom`).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medfl.data import dicom
 from medfl.errors import DataError
 
 NIFTI = (".nii", ".nii.gz")
@@ -20,6 +21,7 @@ PHOTOGRAPHS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 NORMALIZATIONS = ("percentile", "range", "zscore")
 SAME = 1e-3  # by which a step of one voxel may differ from it
 ASIDE = 1e-3  # voxels; else all voxels halfway between a label and the background would go to the background
+PREAMBLE, MAGIC = 128, b"DICM"  # how a DICOM file begins
 ZSCORE_LIMIT = 3.0  # standard deviations that become -1 and 1
 
 
@@ -37,7 +39,7 @@ def read(path: Path, spatial_dims: int) -> Scan:
     Raises:
         DataError: as of `stored`, or a constant image.
     """
-    scan = stored(path, spatial_dims, _reader)
+    scan = stored(path, spatial_dims, decoded)
     if bool((scan.pixels == scan.pixels.flatten()[0]).all()):
         raise DataError(f"{path}: is constant (every value is {float(scan.pixels.flatten()[0]):g}). Leave it out.")
     return scan
@@ -47,17 +49,9 @@ def stored(path: Path, spatial_dims: int, reader: Callable[[Path], Scan]) -> Sca
     """What a reader makes of a file.
 
     Raises:
-        DataError: the file is missing, of an unknown format, damaged, of other dimensions or not finite.
+        DataError: as of `opened`, of other dimensions or not finite.
     """
-    if not path.exists():
-        raise DataError(f"{path}: no such file. Correct the data list or data.root.")
-    try:
-        scan = reader(path)
-    except DataError:
-        raise
-    except Exception as error:  # the decoders raise whatever they like; the cause is always the file
-        first = str(error).strip().splitlines()[:1]
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {''.join(first)}). Replace it.") from error
+    scan = opened(path, reader)
     if scan.pixels.ndim != spatial_dims + 1:
         raise DataError(
             f"{path}: got an image of {scan.pixels.ndim - 1} dimensions, need {spatial_dims}. Set data.spatial_dims."
@@ -67,17 +61,46 @@ def stored(path: Path, spatial_dims: int, reader: Callable[[Path], Scan]) -> Sca
     return scan
 
 
-def _reader(path: Path) -> Scan:
+def opened(path: Path, reader: Callable[[Path], Scan]) -> Scan:
+    """What a reader makes of a file, whatever its dimensions and values.
+
+    Raises:
+        DataError: the file is missing, of an unknown format or damaged.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Correct the data list or data.root.")
+    try:
+        return reader(path)
+    except DataError:
+        raise
+    except Exception as error:  # the decoders raise whatever they like; the cause is always the file
+        first = str(error).strip().splitlines()[:1]
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {''.join(first)}). Replace it.") from error
+
+
+def decoded(path: Path) -> Scan:
+    """What the file holds, whatever it is."""
     name = path.name.lower()
     if path.is_dir():
-        return _dicom_series(path)
+        return _dicom(path)
     if name.endswith(PHOTOGRAPHS):
         return photograph(path, plain_mode)
     if name.endswith(NIFTI):
         return nifti(path)
-    if name.endswith((".dcm", ".dicom")) or "." not in name:
+    if is_dicom(path):
         return _dicom(path)
     raise DataError(f"{path}: unknown format. Need {', '.join(PHOTOGRAPHS)}, .nii, .nii.gz, .dcm or a DICOM folder.")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a path is read as DICOM: by its ending, or by its first bytes, as scanners name files by numbers."""
+    name = path.name.lower()
+    if path.is_dir() or name.endswith((".dcm", ".dicom")):
+        return True
+    if name.endswith((*PHOTOGRAPHS, *NIFTI)) or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(PREAMBLE + len(MAGIC)).endswith(MAGIC)
 
 
 def photograph(path: Path, convert: Callable[[Any], Any]) -> Scan:
@@ -103,22 +126,19 @@ def nifti(path: Path) -> Scan:
     return _upright(NibabelReader(), path)
 
 
-def _dicom_series(path: Path) -> Scan:
-    from monai.data.image_reader import PydicomReader
-
-    return _upright(PydicomReader(), path)
-
-
 def _upright(reader: Any, path: Path) -> Scan:
     """What a reader of volumes gives, turned to RAS axes."""
-    from monai.data.meta_tensor import MetaTensor
-    from monai.transforms.spatial.array import Orientation
-
     pixels, header = reader.get_data(reader.read(path))
     image = torch.from_numpy(np.asarray(pixels).astype(np.float32))
     last = header["original_channel_dim"] in (-1, image.ndim - 1)
-    image = image.movedim(-1, 0) if last else image[None]
-    affine = np.asarray(header["affine"], dtype=np.float64)
+    return _turned(image.movedim(-1, 0) if last else image[None], np.asarray(header["affine"], dtype=np.float64))
+
+
+def _turned(image: Tensor, affine: NDArray[Any]) -> Scan:
+    """An image (C, *S) with its affine; volumes in RAS axes."""
+    from monai.data.meta_tensor import MetaTensor
+    from monai.transforms.spatial.array import Orientation
+
     if image.ndim == 4:
         turned: Any = Orientation(axcodes="RAS", labels=None)(MetaTensor(image, affine=torch.as_tensor(affine)))
         image, affine = torch.from_numpy(np.asarray(turned)), np.asarray(turned.affine)
@@ -126,21 +146,14 @@ def _upright(reader: Any, path: Path) -> Scan:
 
 
 def _dicom(path: Path) -> Scan:
-    import pydicom
-    from pydicom.pixels.processing import apply_rescale
-    from pydicom.pixels.utils import pixel_array
+    return of_dicom(dicom.read(path))
 
-    header = pydicom.dcmread(path)
-    pixels = pixel_array(header)  # decompressed; YBR is turned into RGB
-    colour = int(header.get("SamplesPerPixel", 1)) > 1
-    values: NDArray[Any] = np.asarray(pixels if colour else apply_rescale(pixels, header), dtype=np.float32)
-    if header.get("PhotometricInterpretation") == "MONOCHROME1":  # white is low
-        values = values.max() + values.min() - values
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    spacing = [float(value) for value in header.get("PixelSpacing") or (1.0, 1.0)]
-    if tensor.ndim - colour == 3:  # several frames
-        spacing = [float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0), *spacing]
-    return Scan(tensor.movedim(-1, 0) if colour else tensor[None], tuple(spacing))
+
+def of_dicom(found: dicom.Stored) -> Scan:
+    """A file, or the series in a folder; several frames without a known place stay in their order."""
+    tensor = torch.from_numpy(np.ascontiguousarray(found.pixels))
+    tensor = tensor.movedim(-1, 0) if found.colour else tensor[None]
+    return Scan(tensor, found.spacing) if found.affine is None else _turned(tensor, found.affine)
 
 
 def match_channels(image: Tensor, channels: int, path: Path) -> Tensor:

@@ -1,0 +1,47 @@
+"""What a site's own rules say about a study and about one request of it."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+STAGES = {  # request, without its kind -> stages of which one must be allowed
+    "pretrain": ("pretrain",), "refresh": ("pretrain", "finetune"), "codebook": ("pretrain",),
+    "finetune": ("finetune",), "probe": ("evaluate", "transfer"), "synthesize": ("synthesize",),
+}  # fmt: skip
+NEEDED = ("pretrain", "finetune", "evaluate", "transfer", "synthesize")  # stages that ask something of a site
+
+
+class Rules(Protocol):
+    """The part of site.yaml under `policy`."""
+
+    @property
+    def methods(self) -> tuple[str, ...] | None: ...
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+    @property
+    def least_steps(self) -> int: ...
+    @property
+    def least_batch(self) -> int: ...
+
+
+def method_name(node: Mapping[str, Any]) -> str:
+    """The method's short name, such as "medcss"."""
+    return str(node.get("_target_", "")).split(".")[-2:][0]
+
+
+def refusals(study: Mapping[str, Any], rules: Rules) -> list[str]:
+    """Why these rules forbid a study (its resolved configuration); [] where they allow it."""
+    found = []
+    name, plan = method_name(study["method"]), study["training"]
+    if rules.methods is not None and name not in rules.methods:
+        found.append(f"method {name}: policy.methods allows {', '.join(rules.methods) or 'none'}.")
+    wanted = [stage for stage in study["stages"] if stage in NEEDED and stage not in rules.stages]
+    found += [f"stage {stage}: policy.stages allows {', '.join(rules.stages) or 'none'}." for stage in wanted]
+    trainings = {"training": plan} if "pretrain" in study["stages"] else {}
+    if "finetune" in study["stages"]:
+        trainings["finetune"] = study["finetune"]
+    for section, part in trainings.items():
+        for key, least in (("steps", rules.least_steps), ("batch_size", rules.least_batch)):
+            if part[key] < least:
+                rule = f"policy.least_{key.partition('_')[0]}"
+                found.append(f"{section}.{key}={part[key]}: {rule} asks for {least} at least.")
+    return found

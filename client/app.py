@@ -5,17 +5,19 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from medfl import admission
 from medfl.messages import Answer, Broadcast
 from medfl.mods import always_reply
-from medfl.site import Site
+from medfl.site import Site, open_site
 
 app = ClientApp(mods=[always_reply])
 
 
 def _answer(message: Message, context: Context, act: Callable[[Site, Broadcast], Answer]) -> Message:
-    broadcast = Broadcast.from_record(message.content)
-    answer = act(Site.for_message(broadcast.order.study, context), broadcast)
-    return Message(answer.to_record(), reply_to=message)
+    admitted = admission.admit(message, context)
+    site = open_site(admitted.source, admitted.partition)
+    answer = act(site, admitted.broadcast)
+    return Message(admission.release(admitted, answer, site.leaves(admitted.kind)), reply_to=message)
 
 
 @app.query("describe")

@@ -22,7 +22,7 @@ class InProcessGrid(Grid):
         take_identity(run_id)
         self._client, self._run = client, new_run(run_id)
         self._waiting: dict[str, Message] = {}
-        self._contexts = {
+        self.contexts = {
             FIRST_NODE + index: Context(
                 run_id, FIRST_NODE + index, {"partition-id": index, "num-partitions": sites}, RecordDict(), {}
             )
@@ -47,10 +47,10 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        return list(self._contexts)
+        return list(self.contexts)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node) for node in self._contexts]
+        return [NodeInfo(node_id=node) for node in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []
@@ -62,14 +62,15 @@ class InProcessGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._deliver(self._waiting.pop(name)) for name in list(message_ids) if name in self._waiting]
+        return [self.deliver(self._waiting.pop(name)) for name in list(message_ids) if name in self._waiting]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:  # noqa: ARG002
         return self.pull_messages(self.push_messages(messages))
 
-    def _deliver(self, message: Message) -> Message:
+    def deliver(self, message: Message) -> Message:
+        """Have a site answer a message."""
         try:
-            reply = self._client(message, self._contexts[message.metadata.dst_node_id])
+            reply = self._client(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # as a SuperNode does: a crash of the app is an error reply, not the end of the run
             reply = Message(Error(code=2, reason=type(error).__name__), reply_to=message)
         identify_message(reply, uuid4().hex)

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from medfl.errors import DataError
+from medfl.faults import point
 from medfl.files import room_for, sync_folder, write_bytes, write_tensors
 
 Tensors = dict[str, Tensor]
@@ -38,11 +39,13 @@ def save(folder: Path, round: int, checkpoint: Checkpoint, *, keep: int) -> None
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         digest = write_tensors(draft / "state.safetensors", checkpoint.tensors)
+        point("during_checkpoint")
         facts = {**checkpoint.facts, "round": round, "sha256": digest}
         write_bytes(draft / "state.json", json.dumps(facts, indent=1).encode())
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
+        point("after_rename")
         sync_folder(folder)
     for old in _saved(folder)[:-keep]:
         shutil.rmtree(old)

@@ -127,6 +127,7 @@ def parse(text: str) -> Study:
         stages=tuple(tree["stages"]),
         arms=tuple(tree["arms"]),
         run_dir=str(tree["run"]["dir"]),
+        study_id=tree["run"].get("study"),
         encoders=tree["run"].get("encoders"),
         tensorboard=bool(tree["run"].get("tensorboard")),
         mlflow=tree["run"].get("mlflow"),

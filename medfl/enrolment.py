@@ -6,28 +6,33 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from medfl.asking import replies
 from medfl.errors import (
     ConfigError,
+    CredentialError,
     DataError,
     DivergedError,
     MedflError,
     NetworkError,
     PolicyError,
     ResourceError,
+    VersionError,
 )
 from medfl.gate import ReplyRefused, checked_metrics
 from medfl.messages import DESCRIBE, SITE_ERROR, Broadcast, Order
 from medfl.run_folder import Event, RunFolder
+from medfl.server_seals import Seals
 from medfl.study import Study
 
 POLL = 0.2  # s, while waiting for sites to come online
 OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-9][0-9]{0,11})")
 MOST_CLASSES, MOST_REGIONS = 1000, 254  # masks are of bytes, one of which means unknown
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
-BY_CODE = {error.exit_code: error for error in (ConfigError, DataError, PolicyError, ResourceError, DivergedError)}
+SHARED = (ConfigError, DataError, PolicyError, ResourceError, DivergedError, VersionError, CredentialError)
+BY_CODE = {error.exit_code: error for error in SHARED}
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,11 @@ class Enrolled:
     volumes: int
     held_out: bool
     holdings: Mapping[str, int] = field(default_factory=dict)  # owner group -> training volumes that can teach it
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # of which each image has one
     regions: int = 0  # labels of its masks, without background
     labelled: int = 0  # training volumes with a known label
     masked: int = 0  # training volumes with a known mask
+    findings: tuple[str, ...] = ()  # of which each image has any number, in place of classes
 
     def share(self, owner: str, needed: str = "") -> float:
         """Volumes that can teach an owner group, for each training volume; all of them where nobody owns alone.
@@ -65,6 +71,24 @@ class Federation:
     study: Study
     folder: RunFolder
     stage: str = "pretrain"  # pretrain | finetune: which of the study's trainings its rounds are
+    seals: Seals | None = None  # None: a simulation
+
+    def sealed(self, record: RecordDict, within: float) -> str:
+        """Seal an order that is to be answered within so many seconds; its digest, "" in a simulation."""
+        return self.seals.order(record, within) if self.seals else ""
+
+    def unsealed(self, reply: Message, site: str, order: str) -> str:
+        """Check the seal of a reply and take it off; the head of the site's audit log, "" in a simulation.
+
+        Raises:
+            ReplyRefused: it was not made by that site for this order.
+        """
+        if self.seals is None or reply.has_error():
+            return ""
+        try:
+            return self.seals.answer(reply.content, site, order)
+        except CredentialError as error:
+            raise ReplyRefused(f"site '{site}': {error}") from None
 
 
 def enrol(federation: Federation, expected: int) -> list[Enrolled]:
@@ -99,12 +123,16 @@ def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolle
     study, folder = federation.study, federation.folder
     order = Order(study.source, "none", "none", "none", 0, study.rounds.count, 0, "none", uuid.uuid4().hex)
     content = Broadcast(order).to_record()
+    digest = federation.sealed(content, study.rounds.deadline)
+    registered = {node.node_id: node.name for node in federation.grid.get_nodes()}
     asked = [Message(content, dst_node_id=node, message_type=DESCRIBE, group_id="enrol") for node in nodes]
     found: dict[str, Enrolled] = {}
     refused = []
-    for reply in federation.grid.send_and_receive(asked, timeout=study.rounds.deadline):
+    for place, reply in replies(federation.grid, asked, study.rounds.deadline, most=0):
         try:
-            site = _enrolled(reply, order.nonce)
+            if federation.seals:
+                _check_maker(federation, reply, registered.get(nodes[place], ""), digest)
+            site = _enrolled(reply, nodes[place], order.nonce)
             if site.name in found:
                 raise ReplyRefused(f"site '{site.name}': two nodes claim this name. Rename one.")
             found[site.name] = site
@@ -113,6 +141,20 @@ def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolle
             refused.append((reply, str(error)))
     folder.write(Event("enrol", "", 0, "", "refused", 1.0, text) for _, text in refused)
     return [found[name] for name in sorted(found)], refused
+
+
+def _check_maker(federation: Federation, reply: Message, registered: str, order: str) -> None:
+    """
+    Raises:
+        ReplyRefused: the node is registered under another name than it gives, or its seal does not hold.
+    """
+    if reply.has_error():
+        return
+    identity = dict(reply.content.config_records.get("identity") or {})
+    name = str(identity.get("site", ""))
+    if name != registered:
+        raise ReplyRefused(f"node {reply.metadata.src_node_id} is registered as {registered!r} and says {name[:40]!r}.")
+    federation.unsealed(reply, name, order)
 
 
 def _enrol_rows(site: str, reply: Message) -> Iterator[dict[str, object]]:
@@ -141,8 +183,7 @@ def _wait(grid: Grid, expected: int, deadline: float) -> list[int]:
     )
 
 
-def _enrolled(reply: Message, nonce: str) -> Enrolled:
-    node = reply.metadata.src_node_id
+def _enrolled(reply: Message, node: int, nonce: str) -> Enrolled:
     if reply.has_error():
         raise ReplyRefused(f"node {node}: {reply.error.reason}")
     identity = dict(reply.content.config_records.get("identity") or {})
@@ -159,13 +200,14 @@ def _enrolled(reply: Message, nonce: str) -> Enrolled:
         int(metrics.get("site/train", 0)),
         identity.get("held_out") == "yes",
         _holdings(str(identity.get("owners", "")), name),
-        _classes(identity.get("classes"), name),
+        _names(identity.get("classes"), name),
+        findings=_names(identity.get("findings"), name),
         **counts,
     )
 
 
-def _classes(given: object, site: str) -> tuple[str, ...]:
-    """Names of classes, such as ["benign", "malignant"]."""
+def _names(given: object, site: str) -> tuple[str, ...]:
+    """Names of classes or findings, such as ["benign", "malignant"]."""
     names = given if isinstance(given, list) else []
     if len(names) > MOST_CLASSES or not all(isinstance(n, str) and 0 < len(n) <= 64 and n.isprintable() for n in names):
         raise ReplyRefused(f"site '{site}': got names of classes that cannot be, need up to {MOST_CLASSES} short ones.")

@@ -46,6 +46,12 @@ class ResourceError(MedflError):
     exit_code = 30
 
 
+class VersionError(MedflError):
+    """Two releases that do not understand each other. Its text names nothing but releases, so it may leave a site."""
+
+    exit_code = 40
+
+
 class DivergedError(MedflError):
     """Training produced non-finite values or a collapsed representation."""
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
+from medfl.asking import replies
 from medfl.enrolment import Enrolled, Federation, common
 from medfl.evaluation.counts import LEAST
 from medfl.gate import Expected, ReplyRefused, Update, admit
 from medfl.layout import Flat, Layout
 from medfl.messages import Broadcast, Order
 from medfl.run_folder import Event
+
+WIDTH = {"float32": 4, "float64": 8}  # bytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     limits, folder = federation.study.rounds, federation.folder
     deadline = request.deadline or limits.deadline
     content = Broadcast(request.order, request.flat).to_record()
+    digest = federation.sealed(content, deadline)
     asked = [
         Message(
             content,
@@ -56,28 +60,46 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     ]
     for asked_site in sites:
         folder.wire(_rows(request, asked_site.name, "down", request.sends, {}))
-    by_node = {site.node: site for site in sites}
     updates: dict[str, Update] = {}
+    heads: dict[str, str] = {}
     refused: list[tuple[Message, str, str]] = []
-    for reply in federation.grid.send_and_receive(asked, timeout=deadline):
-        site = by_node.get(reply.metadata.src_node_id)
+    for place, reply in replies(federation.grid, asked, deadline, most=_bytes(request.answers)):
+        site = sites[place]
         try:
-            if site is None or site.name in updates:
-                raise ReplyRefused(f"node {reply.metadata.src_node_id}: its reply was not asked for, or came twice.")
+            if not reply.has_error() and reply.metadata.src_node_id != site.node:
+                raise ReplyRefused(f"site '{site.name}': node {reply.metadata.src_node_id} answered in its place.")
             expected = _expected(federation, request, site)
+            head = federation.unsealed(reply, site.name, digest)
             update = updates[site.name] = admit(reply, expected)
+            heads[site.name] = head
             folder.wire(_rows(request, site.name, "up", expected.layout, update.metrics))
         except ReplyRefused as error:
-            refused.append((reply, site.name if site else "", str(error)))
-            folder.wire(_refused_rows(request, refused[-1][1], reply))
+            refused.append((reply, site.name, str(error)))
+            folder.wire(_refused_rows(request, site.name, reply))
     stage, order = request.stage, request.order
-    folder.write(Event(stage, order.arm, order.round, name, "refused", 1.0, text) for _, name, text in refused)
+    heard = {*updates, *(name for _, name, _ in refused)}
+    silent = [
+        (site.name, f"site '{site.name}': no reply within {deadline:.0f} s.")
+        for site in sites
+        if site.name not in heard
+    ]
+    lost = [*((name, text) for _, name, text in refused), *silent]
+    folder.write(Event(stage, order.arm, order.round, name, "refused", 1.0, text) for name, text in lost)
+    folder.write(
+        Event(stage, order.arm, order.round, name, "audit/lines", float(head.partition(":")[0]), head)
+        for name, head in sorted(heads.items())
+        if head
+    )
     need = math.ceil(limits.quorum * len(sites))
     if len(updates) < need:
-        reasons = " ".join(text for *_, text in refused) or f"The others gave none within {deadline:.0f} s."
+        reasons = " ".join(text for _, text in lost)
         found = f"{len(updates)} of {len(sites)} sites gave a usable reply, rounds.quorum asks for {need}."
         raise common([r for r, *_ in refused], f"arm '{order.arm}', round {order.round}: {found} {reasons}")
     return [updates[name] for name in sorted(updates)]
+
+
+def _bytes(layout: Layout) -> int:
+    return sum(slot.size * WIDTH[slot.dtype] for slot in layout.slots)
 
 
 def _expected(federation: Federation, request: Request, site: Enrolled) -> Expected:
@@ -109,7 +131,7 @@ def _rows(
         "stage": request.stage,
     }
     for slot in layout.slots:
-        size = slot.size * (4 if slot.dtype == "float32" else 8)
+        size = slot.size * WIDTH[slot.dtype]
         shape = "x".join(map(str, slot.shape)) or "1"
         yield common | {
             "name": slot.name,

@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from medfl.errors import ResourceError
 
@@ -58,8 +59,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     """Write safetensors atomically; returns the SHA-256 of the file."""
+    from safetensors.torch import save  # brings torch along, which commands about keys and files do without
+
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()

@@ -7,6 +7,7 @@ import yaml
 
 from medfl import arms, checkpoint, config, export
 from medfl.arms import Arm
+from medfl.derived import derive_tree
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import ConfigError
 from medfl.layout import Tensors
@@ -36,50 +37,54 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Task:
-    """What the sites' labels and masks allow: the classes they agree on, and the labels of their masks."""
+    """What the sites' labels and masks allow: the classes or findings they agree on, and the labels of their masks."""
 
     classes: tuple[str, ...]
     regions: int
+    findings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, sites: Sequence[Enrolled]) -> "Task":
         """
         Raises:
-            ConfigError: two sites have other classes.
+            ConfigError: two sites have other classes or findings.
         """
-        known = {site.classes: site.name for site in sites if site.classes}
+        known = {(site.classes, site.findings): site.name for site in sites if site.classes or site.findings}
         if len(known) > 1:
-            (first, one), (second, other), *_ = known.items()
+            (first, one), (second, other), *_ = ((_said(*names), site) for names, site in known.items())
             raise ConfigError(
-                f"finetune: site '{one}' has the classes {', '.join(first)}, site '{other}' {', '.join(second)}; need "
-                "the same names in the same order everywhere. Name them in data.classes at every site."
+                f"finetune: site '{one}' has the {first}, site '{other}' the {second}; need the same names in the same "
+                "order everywhere. Name classes in data.classes, or findings in data.labels, at every site."
             )
-        return cls(next(iter(known), ()), max((site.regions for site in sites), default=0))
+        classes, findings = next(iter(known), ((), ()))
+        return cls(classes, max((site.regions for site in sites), default=0), findings)
+
+
+def _said(classes: Sequence[str], findings: Sequence[str]) -> str:
+    return f"findings {', '.join(findings)}" if findings else f"classes {', '.join(classes)}"
 
 
 def derive(study: Study, task: Task, *, protocol: str, fraction: float) -> Study:
     """The study of a fine-tuning.
 
     Raises:
-        ConfigError: the method's encoder is not the task's, or the sites have nothing that the task needs.
+        ConfigError: the method's encoder is not the task's, or the sites have not what the task needs.
     """
     tree = yaml.safe_load(study.source)
-    plan, method = tree["finetune"], dict(tree["task"])
+    method = tree["task"]
     if tree["method"].get("encoder") != method["encoder"]:
         raise ConfigError(
             f"stages has finetune, but {tree['method']['_target_']} has an encoder of its own, which no task of "
             "configs/task/ can take. Leave finetune out; method=nslf trains its segmentation in a phase of its own."
         )
-    method["freeze"] = protocol in FROZEN
-    for name, found in {"classes": len(task.classes), "labels": task.regions + 1}.items():
-        if name in method and method[name] is None:
-            method[name] = found
-    shared = {name: plan[name] for name in ("steps", "batch_size", "optimizer", "schedule", "warmup")}
-    tree["method"], tree["views"] = method, plan["views"]
-    tree["training"] |= {**shared, "label_fraction": fraction, "synthetic": 0.0}
-    tree["rounds"] |= {"count": plan["rounds"], "blend": "none", "keep_checkpoints": 1}
-    tree["evaluation"]["protocols"] = ["segmentation" if "labels" in method else "classifier"]
-    return config.parse(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    if task.findings and "classes" in method:
+        raise ConfigError(
+            "finetune: the sites have findings (data.labels), and task=classification learns classes. Take "
+            "task=multilabel."
+        )
+    sizes = {"classes": len(task.classes), "labels": task.regions + 1, "outputs": len(task.findings)}
+    derived = derive_tree(tree, sizes, freeze=protocol in FROZEN, fraction=fraction)
+    return config.parse(yaml.safe_dump(derived, sort_keys=False, allow_unicode=True))
 
 
 def tunings(study: Study, sites: Sequence[Enrolled]) -> dict[Tuning, Arm]:

@@ -1,12 +1,19 @@
 """Every private import of Flower, in one place; tests/test_flower_compat.py fails when a name or signature moves."""
 
+import logging
 import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import httpx
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
@@ -14,7 +21,22 @@ from flwr.serverapp import ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["NodeInfo", "identify_message", "new_run", "run_on_ray", "take_identity"]
+__all__ = [
+    "ConnectionLost",
+    "Guard",
+    "NodeInfo",
+    "identify_message",
+    "install_bundle",
+    "limited",
+    "new_run",
+    "run_client_app",
+    "run_on_ray",
+    "take_identity",
+    "task_commands",
+]
+ConnectionLost = httpx.HTTPError  # the SuperLink cannot be reached, after Flower's own attempts
+OURS = ("client", "configs", "medfl", "server")  # packages of an app bundle
+log = logging.getLogger("medfl.site")
 
 
 def take_identity(run_id: int) -> None:
@@ -54,9 +76,113 @@ def run_on_ray(
     )
 
 
+@contextmanager
+def limited(most: int) -> Iterator[None]:
+    """While it lasts, each reply that is taken from a SuperLink is given up as an error when it passes `most` bytes.
+
+    The size of a reply is nowhere said before its parts come, and a part is bounded by the proxy's limit of a request.
+    """
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+    from flwr.superlink.grid import http_grid
+
+    grid: Any = http_grid
+    plain = grid.make_pull_object_fn_protobuf
+
+    def counting(*given: Any, **named: Any) -> Callable[[str], bytes]:
+        pull, left = plain(*given, **named), most
+
+        def part(name: str) -> bytes:
+            nonlocal left
+            content: bytes = pull(name)
+            left -= len(content)
+            if left < 0:
+                raise ObjectPullError(name, f"the reply has more than {most} bytes.")
+            return content
+
+        return part
+
+    grid.make_pull_object_fn_protobuf = counting
+    try:
+        yield
+    finally:
+        grid.make_pull_object_fn_protobuf = plain
+
+
 def _gpu_share(cpus: int, threads: int) -> float:
     """An equal share of this machine's GPUs for each actor that its CPUs allow."""
     import torch
 
     actors = max(1, cpus // threads)
     return torch.cuda.device_count() / actors if torch.cuda.is_available() else 0.0
+
+
+class Guard(Protocol):
+    """What a site does around Flower's own run of one request."""
+
+    def begun(self, message: Message) -> None:
+        """This request was received."""
+
+    def admitted(self, bundle: bytes) -> Path:
+        """The folder of the reviewed app, if this bundle is it. An error's text is sent: it must hold no detail."""
+
+    def answered(self) -> None:
+        """The answer, or the error, is at the node."""
+
+
+def run_client_app(words: Sequence[str], guard: Guard) -> None:
+    """Flower's `flwr-clientapp`, which then installs nothing and runs the app of the guard's folder alone.
+
+    Error texts of loading, and of what failed outside the app, stay in this site's log.
+    """
+    from flwr.clientapp.client_app import LoadClientAppError
+    from flwr.clientapp.utils import get_load_client_app_fn
+    from flwr.supernode.cli import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp as runtime
+
+    folders: list[Path] = []
+    pull, push, report = runtime.pull_task_input, runtime.push_message, runtime.push_task_output
+
+    def pulled(*given: Any) -> Any:
+        task = pull(*given)
+        guard.begun(task[0])
+        return task
+
+    def pushed(*given: Any) -> None:
+        push(*given)
+        guard.answered()
+
+    def load(*names: str) -> ClientApp:
+        try:
+            for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+                del sys.modules[name]  # the app's own files take the place of those of this launcher
+            return get_load_client_app_fn(default_app_ref="", app_path=str(folders[0]), multi_app=True)(*names)
+        except Exception as error:
+            log.exception("the app cannot be loaded")
+            raise LoadClientAppError("the app cannot be loaded") from error
+
+    ours: dict[str, Any] = {
+        "pull_task_input": pulled,
+        "push_message": pushed,
+        "push_task_output": lambda **o: report(**o | {"details": "see the site's log" if o["details"] else ""}),
+        "install_from_fab": lambda bundle, **_: folders.append(guard.admitted(bundle)),
+        "get_project_dir": lambda *_: folders[0],
+        "get_load_client_app_fn": lambda **_: load,
+    }
+    for name, function in ours.items():
+        setattr(runtime, name, function)
+    sys.argv = ["flwr-clientapp", *(word for word in words if word != "--allow-runtime-dependency-installation")]
+    flwr_clientapp()
+
+
+def install_bundle(bundle: bytes, home: Path) -> Path:
+    """Unpack an app bundle as Flower does, under `home`/apps; returns its folder."""
+    from flwr.cli.install import install_from_fab
+
+    return install_from_fab(bundle, install_dir=home, skip_prompt=True)
+
+
+def task_commands() -> dict[str, bool]:
+    """The programs that a SuperExec starts by name, and whether each runs a ClientApp."""
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+
+    return {command: kind is TaskType.CLIENT_APP for kind, command in TASK_TYPE_TO_COMMAND.items()}

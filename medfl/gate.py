@@ -5,7 +5,6 @@ compared before any memory is taken for the content.
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,23 +12,22 @@ import numpy as np
 import torch
 from flwr.app import Array, Message, RecordDict
 
+from medfl import allowed
 from medfl.errors import MedflError
 from medfl.evaluation import counts
 from medfl.layout import DTYPES, Flat, Layout
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
-KINDS = "loss|monitor|site|synthesis|linear|knn|classifier|fusion|average|segmentation"
-METRIC = re.compile(rf"({KINDS})(@0\.[0-9]{{1,4}})?/[a-z0-9_]{{1,40}}(/(value|low|high))?")
-MOST_METRICS = 1000
-LARGEST_METRIC = 1e9
 CHUNK = 1 << 16  # elements
 ROUNDING = 1e-3  # share by which sums in low precision may pass their bound
 HINTS = {
     3: "Its configuration is refused there.",
     10: "Its data could not be used.",
     11: "The site refuses the study.",
+    21: "Its approval or a key is missing or expired.",
     30: "It ran out of memory or disk.",
+    40: "It has another release.",
     50: "Its training diverged.",
 }
 
@@ -123,17 +121,11 @@ def _metrics(content: RecordDict, expected: Expected) -> dict[str, float]:
 
 
 def checked_metrics(items: Iterable[tuple[str, object]], site: str) -> dict[str, float]:
-    """The named numbers, if every name is on the list and every value finite and bounded."""
-    metrics: dict[str, float] = {}
-    for name, value in items:
-        if not METRIC.fullmatch(name):
-            raise ReplyRefused(f"site '{site}': metric {name[:60]!r} is not on the list of what may be sent.")
-        if type(value) not in (int, float) or not abs(float(str(value))) <= LARGEST_METRIC:
-            raise ReplyRefused(f"site '{site}': metric {name!r} is {str(value)[:40]}, need a finite number.")
-        metrics[name] = float(str(value))
-    if len(metrics) > MOST_METRICS:
-        raise ReplyRefused(f"site '{site}': got {len(metrics)} metrics, need at most {MOST_METRICS}.")
-    return metrics
+    """The named numbers, if all of them may be sent."""
+    try:
+        return allowed.checked_metrics(items)
+    except ValueError as error:
+        raise ReplyRefused(f"site '{site}': {error}") from None
 
 
 def _check_count(name: str, value: object, most: int, expected: Expected) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from medfl import PROTOCOL, __version__
+from medfl.errors import VersionError
 from medfl.layout import Flat
 
 SITE_ERROR = 1000  # the code of an error reply is this plus the exit code of the error
@@ -44,13 +46,27 @@ class Broadcast:
     flat: Flat = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
-        return RecordDict({**_array_records(self.flat), "order": ConfigRecord(dict(vars(self.order)))})
+        order = ConfigRecord({**vars(self.order), "protocol": PROTOCOL, "release": __version__})
+        return RecordDict({**_array_records(self.flat), "order": order})
 
     @classmethod
     def from_record(cls, record: RecordDict) -> "Broadcast":
+        return cls(cls.order_of(record), _flat(record))
+
+    @staticmethod
+    def order_of(record: RecordDict) -> Order:
+        """
+        Raises:
+            VersionError: the server speaks another protocol.
+        """
         order = record.config_records["order"]
+        if order.get("protocol") != PROTOCOL:
+            theirs = f"protocol {str(order.get('protocol'))[:10]} (medfl {str(order.get('release'))[:20]})"
+            raise VersionError(
+                f"the server speaks {theirs}, this site {PROTOCOL} (medfl {__version__}). Install one release on both."
+            )
         kinds: dict[str, Any] = Order.__annotations__
-        return cls(Order(**{name: kind(order[name]) for name, kind in kinds.items()}), _flat(record))
+        return Order(**{name: kind(order[name]) for name, kind in kinds.items()})
 
 
 @dataclass(frozen=True)

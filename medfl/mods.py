@@ -1,12 +1,14 @@
 """What wraps every request at a site: it always answers, and an error's text never leaves."""
 
+import contextlib
 import logging
 import uuid
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
-from medfl.errors import InternalError, MedflError
+from medfl import admission
+from medfl.errors import InternalError, MedflError, ResourceError, VersionError
 from medfl.messages import SITE_ERROR
 
 log = logging.getLogger("medfl.site")
@@ -23,18 +25,24 @@ def always_reply(message: Message, context: Context, call_next: ClientAppCallabl
         if not isinstance(reply, Message):
             raise InternalError("the handler gave no reply.")
         return reply
-    except MedflError as error:
-        return _error_reply(message, error.exit_code, type(error).__name__, str(error))
-    except MemoryError as error:
-        return _error_reply(message, 30, type(error).__name__, str(error))
     except Exception as error:
-        code = 30 if "out of memory" in str(error).lower() else InternalError.exit_code
-        return _error_reply(message, code, type(error).__name__, str(error), error)
+        return _error_reply(message, context, error)
 
 
-def _error_reply(message: Message, code: int, kind: str, text: str, error: Exception | None = None) -> Message:
-    ticket = uuid.uuid4().hex[:12]
-    log.error("%s: %s (ticket %s)", kind, text, ticket, exc_info=error)
-    return Message(
-        Error(code=SITE_ERROR + code, reason=f"{kind} (ticket {ticket} in the site's log)"), reply_to=message
-    )
+def _error_reply(message: Message, context: Context, error: Exception) -> Message:
+    kind, ticket = type(error).__name__, uuid.uuid4().hex[:12]
+    known = isinstance(error, MedflError | MemoryError)
+    log.error("%s: %s (ticket %s)", kind, error, ticket, exc_info=None if known else error)
+    code = _code(error)
+    with contextlib.suppress(Exception):  # a site whose own files are damaged answers all the same
+        admission.refused(context, message.metadata.message_type, code, f"{kind}: {error}", ticket)
+    said = f": {error}" if isinstance(error, VersionError) else ""  # names releases only
+    reason = f"{kind} (ticket {ticket} in the site's log){said}"
+    return Message(Error(code=SITE_ERROR + code, reason=reason), reply_to=message)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, MedflError):
+        return error.exit_code
+    full = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    return ResourceError.exit_code if full else InternalError.exit_code

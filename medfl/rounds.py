@@ -10,6 +10,7 @@ from medfl import config, features, rules, server_books
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import DivergedError
 from medfl.exchange import Request, collect
+from medfl.faults import point
 from medfl.gate import Update
 from medfl.layout import Flat, Layout, Tensors
 from medfl.messages import REFRESH, SEED, TRAIN, Order
@@ -50,14 +51,17 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
         TRAIN[federation.stage], order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms
     )
     updates = collect(federation, request, able)
+    point("before_aggregate")
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
     by_name = {site.name: site for site in able}
     server.step(_aggregate(updates, by_name, server, config.partial(study.rule), study.rounds.max_share, needed))
+    point("after_aggregate")
     server.round += 1
     told = _take_sums(study, server, updates, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates])[-1000:]
     seconds = time.perf_counter() - began
     federation.folder.write(_events(server, updates, weights, told, seconds=seconds, stage=federation.stage))
+    point("after_round")
 
 
 def _begin_phase(federation: Federation, server: Server) -> str:

@@ -1,23 +1,26 @@
 """The run folder: the one owner of its file names and formats. Tools, tests and users rely on them."""
 
 import csv
+import fcntl
 import io
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, TextIO
 
 import yaml
 
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, InternalError, MedflError
 from medfl.files import room_for, write_bytes
 
 EVALUATION = ("arm", "site", "task", "protocol", "label_fraction", "metric", "value", "low", "high")
 TRANSFER = ("trained_on", "tested_on", "kind", "metric", "value", "low", "high")
 WIRE = ("round", "site", "direction", "name", "role", "dtype", "shape", "bytes", "arm", "stage")
+LOOKS = 20  # at another process' lock, 0.1 s apart
 TRAININGS = ("pretrain", "finetune")  # stages of rounds; the names of their arms differ
 Row = Mapping[str, object]
 
@@ -112,6 +115,43 @@ class RunFolder:
             )
         return cls(path)
 
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """While it lasts, attempt.lock is held, with the attempt's name in it; then outcome.json says how it ended:
+        {"state", "error", "code"}. One that was killed leaves no outcome, and its lock is free.
+
+        Raises:
+            ConfigError: another process works in this folder.
+        """
+        file = self.path / "outcome.json"
+        with (self.path / "attempt.lock").open("a+") as lock:
+            self._claim(lock)
+            lock.truncate(0)
+            lock.write(name)
+            lock.flush()
+            file.unlink(missing_ok=True)
+            with self._told(file):
+                yield
+
+    def _claim(self, lock: TextIO) -> None:
+        for _ in range(LOOKS):  # who only looks at the lock holds it for an instant
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+        raise ConfigError(f"another process works in {self.path}. Wait for its end, or end it.")
+
+    @contextmanager
+    def _told(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            code = error.exit_code if isinstance(error, MedflError) else InternalError.exit_code
+            text = {"state": "failed", "error": f"{type(error).__name__}: {error}", "code": code}
+            write_bytes(file, json.dumps(text).encode())
+            raise
+        write_bytes(file, json.dumps({"state": "finished", "error": "", "code": 0}).encode())
+
     def config(self) -> str:
         """The study, with this folder as its place: a run may have been moved since it was made."""
         study = yaml.safe_load((self.path / "config.yaml").read_text())
@@ -143,6 +183,14 @@ class RunFolder:
     def wire(self, rows: Iterable[Row]) -> None:
         self._append_rows("wire.csv", WIRE, rows)
 
+    def wire_rows(self) -> list[dict[str, str]]:
+        """All complete lines of wire.csv."""
+        file = self.path / "wire.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as lines:
+            return [row for row in csv.DictReader(lines) if row["stage"]]
+
     def evaluated(self, rows: Iterable[Evaluated]) -> None:
         self._append_rows("evaluation.csv", EVALUATION, [asdict(row) for row in rows])
 
@@ -166,11 +214,9 @@ class RunFolder:
         ]
         if (file := self.path / "metrics.jsonl").exists():
             write_bytes(file, "".join(json.dumps(event) + "\n" for event in kept).encode())
-        if (file := self.path / "wire.csv").exists():
-            with file.open(newline="") as lines:
-                rows = [row for row in csv.DictReader(lines) if row["stage"]]
+        if rows := self.wire_rows():
             again = [r for r in rows if not (r["arm"] == arm and r["stage"] in TRAININGS and int(r["round"]) > round)]
-            write_bytes(file, _csv(WIRE, again, header=True).encode())
+            write_bytes(self.path / "wire.csv", _csv(WIRE, again, header=True).encode())
 
     def _append_rows(self, name: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         self._append(name, _csv(columns, rows, header=False), header=_csv(columns, (), header=True))

@@ -6,31 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from flwr.app import Context
 from torch import Tensor
 
 from medfl import config, seeding, site_books, site_queues, site_synthesis, site_task
 from medfl.checkpoint import load_optimizer, optimizer_tensors
-from medfl.data.sample import SiteData, labelled
+from medfl.data.sample import SiteData
 from medfl.data.sites import pool
 from medfl.errors import ConfigError
-from medfl.evaluation import collapse, pictures
-from medfl.evaluation.at_site import probe
-from medfl.layout import Tensors, seed_layout
+from medfl.evaluation import collapse
+from medfl.layout import Layout, Tensors, seed_layout
 from medfl.messages import Answer, Broadcast, Order
 from medfl.methods.moments import Moments
 from medfl.methods.phases import Phase, phase_of
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
-from medfl.site_scores import tallies
+from medfl.site_scores import tallies, tallies_layout
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
 from medfl.training import Plan, Task, batches, train_locally
 from medfl.workshop import Workshop, sites_of, workshop
 
 CENTRAL = "central"
-NEWEST = 10**9  # a round that none reaches
 SEED_TOKENS = 64  # per image and codebook, for the k-means before the first round
 
 
@@ -56,21 +53,17 @@ class Site:
         self.holdings = shop.method.holdings(data.train.images, data.train.masks)
         self.answers, self.sums = (layout.owned(tuple(self.holdings)) for layout in (shop.answers, shop.sums))
 
-    @classmethod
-    def for_message(cls, source: str, context: Context) -> "Site":
-        return open_site(source, int(str(context.node_config["partition-id"])))
+    def leaves(self, kind: str) -> Layout:
+        """The tensors in the answer to a request of this kind, such as "pretrain"; all others answer with none."""
+        if kind == "probe":
+            return tallies_layout(self.shop.study.evaluation, self.data.exclusive)
+        if kind == "codebook":
+            return seed_layout(self.shop.method)
+        return {"pretrain": self.answers, "finetune": self.answers, "refresh": self.sums}.get(kind, Layout(()))
 
     def describe(self, order: Order) -> Answer:
         """How many volumes it has, and whether it takes part in training."""
-        splits = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
-        train, masks = self.data.train, self.data.train.masks
-        metrics = {f"site/{name}": len(split.images) for name, split in splits.items()}
-        metrics["site/labelled"] = int((train.labels >= 0).sum())
-        metrics["site/masked"] = 0 if masks is None else int(labelled(masks).sum())
-        metrics["site/regions"] = max((label for labels in self.data.regions.values() for label in labels), default=0)
-        owners = ",".join(f"{group}={count}" for group, count in self.holdings.items())
-        held_out, classes = "yes" if self.data.held_out else "no", list(self.data.classes)
-        facts: dict[str, str | list[str]] = {"held_out": held_out, "owners": owners, "classes": classes}
+        metrics, facts = site_task.describe(self.data, self.holdings)
         return Answer(self.data.name, order.nonce, order.layout, metrics, facts=facts)
 
     def train(self, broadcast: Broadcast) -> Answer:
@@ -156,6 +149,9 @@ class Site:
 
     def evaluate(self, broadcast: Broadcast) -> Answer:
         """Scores with this site's own labels, and counts of its test images; pictures of them are kept here."""
+        from medfl.evaluation import pictures  # seconds of imports, and a deployed site starts anew for each request
+        from medfl.evaluation.at_site import probe
+
         order, shop = broadcast.order, self.shop
         self._load(broadcast, self._kept(order))
         shop.method.eval()
@@ -164,7 +160,7 @@ class Site:
         metrics, scores = probe(shop.method, self.data, plan, device, seed=shop.study.seed, least=least)
         if pictures.wanted(plan.pictures, order.arm, shop.study.arms):
             pictures.draw(shop.method, self.data, Path(shop.study.state_dir), device, arm=order.arm, plan=plan)
-        flat = tallies(plan, scores, self.data.classes)
+        flat = tallies(plan, scores, self.data.exclusive)
         return Answer(self.data.name, order.nonce, order.layout, metrics, flat)
 
     def _plan(self, order: Order, phase: Phase) -> Plan:
@@ -201,7 +197,7 @@ class Site:
         if kept or not order.parent:
             return kept
         root = Path(self.shop.study.state_dir)
-        return SiteState(root, order.parent, self.data.name).before(NEWEST)
+        return SiteState(root, order.parent, self.data.name).before(None)
 
     def _state(self, order: Order) -> SiteState:
         return SiteState(Path(self.shop.study.state_dir), order.lineage, self.data.name)

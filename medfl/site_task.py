@@ -1,4 +1,4 @@
-"""What a site trains on: all its images, those whose labels may be read, or with synthetic ones beside them."""
+"""What a site says of its data, and trains on: all images, those whose labels may be read, or synthetic ones too."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,34 @@ from torch import Tensor
 
 from medfl import site_synthesis
 from medfl.data.fractions import labels_key, rows_with_labels, rows_with_masks
-from medfl.data.sample import SiteData
-from medfl.errors import DataError
+from medfl.data.sample import SiteData, labelled
+from medfl.errors import ConfigError, DataError
 from medfl.site_queues import patient_codes
 from medfl.training import Task
 from medfl.workshop import Workshop
+
+
+def describe(data: SiteData, holdings: Mapping[str, int]) -> tuple[dict[str, int], dict[str, str | list[str]]]:
+    """How many images it has and how many of them can teach a task, and what they are called.
+
+    Args:
+        holdings: owner group -> training images that can teach it.
+    """
+    train = data.train
+    numbers = {
+        "site/train": len(train),
+        "site/val": len(data.val),
+        "site/test": len(data.test),
+        "site/labelled": int((train.labels >= 0).sum()),
+        "site/masked": 0 if train.masks is None else int(labelled(train.masks).sum()),
+        "site/regions": max((label for labels in data.regions.values() for label in labels), default=0),
+    }
+    facts: dict[str, str | list[str]] = {
+        "held_out": "yes" if data.held_out else "no",
+        "owners": ",".join(f"{group}={count}" for group, count in holdings.items()),
+        "classes": list(data.exclusive),
+    }
+    return numbers, facts | ({"findings": list(data.findings)} if data.findings else {})
 
 
 def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, members: Mapping[str, int]) -> Task:
@@ -22,13 +45,14 @@ def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, memb
 
     Raises:
         DataError: no image has the label or mask that the method needs, or synthetic images that are not there.
+        ConfigError: the method learns classes, and the images have findings, or the reverse.
     """
     train, method = data.train, shop.method
     if method.labelled or method.masked_only:
         rows = _taught(shop, data)
         chosen = images if len(rows) == len(images) else images[rows.to(images.device)]
         masks = None if train.masks is None else train.masks[rows]
-        return Task(chosen, train.labels[rows], shop.views, patients[rows], masks)
+        return Task(chosen, _labels(shop, data)[rows], shop.views, patients[rows], masks)
     if not shop.study.training.synthetic:
         return Task(images, train.labels, shop.views, patients, train.masks)
     extra = _synthetic(shop, members)
@@ -39,6 +63,20 @@ def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, memb
         shop.views,
         torch.cat([patients, codes]),
     )
+
+
+def _labels(shop: Workshop, data: SiteData) -> Tensor:
+    """Classes (N,), or findings (N, L) for a method that learns these."""
+    method, found = shop.method, data.train.findings
+    if not method.labelled:
+        return data.train.labels
+    if method.findings and found is None:
+        raise ConfigError(f"site '{data.name}': {type(method).__name__} learns findings, and there are none. "
+                          "Name their columns in data.labels.")  # fmt: skip
+    if found is not None and not method.findings:
+        raise ConfigError(f"site '{data.name}': {type(method).__name__} learns one class for each image, and the data "
+                          "have findings (data.labels). Take task=multilabel, or data.label.")  # fmt: skip
+    return data.train.labels if found is None else found
 
 
 def _taught(shop: Workshop, data: SiteData) -> Tensor:

@@ -21,9 +21,9 @@ class SiteState:
     def __init__(self, root: Path, lineage: str, site: str) -> None:
         self.folder = root / lineage / site
 
-    def before(self, round: int) -> Tensors:  # noqa: A002
-        """The newest state below `round`, or nothing."""
-        older = [path for number, path in self._saved() if number < round]
+    def before(self, round: int | None) -> Tensors:  # noqa: A002
+        """The newest state below `round` (None: of all), or nothing."""
+        older = [path for number, path in self._saved() if round is None or number < round]
         return load_file(older[-1]) if older else {}
 
     def save(self, round: int, tensors: Mapping[str, Tensor]) -> None:  # noqa: A002

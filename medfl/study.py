@@ -201,6 +201,7 @@ class Study:
     arms: tuple[str, ...]
     run_dir: str
     state_dir: str
+    study_id: str | None  # of a study among real sites; None: a simulation
     encoders: str | None  # finished run, or folder of an exported encoder, whose encoders take the place of pretraining
     data: Node
     sites: Node

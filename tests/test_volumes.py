@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from medfl import config
+from medfl.allowed import METRIC
 from medfl.data.sample import UNLABELLED, SiteData, Split
 from medfl.data.subject import REGIONS
 from medfl.errors import ConfigError
 from medfl.evaluation.at_site import probe
 from medfl.evaluation.fusion_metrics import FUSION
 from medfl.evaluation.volumes import Table, fusion, mean_of_present, segmentation, windowed
-from medfl.gate import METRIC
 from medfl.methods.base import Method
 from medfl.study import Evaluation
 from tests.test_fusion_metrics import textures

@@ -117,9 +117,9 @@ class ShuffledGrid(InProcessGrid):
     def get_node_ids(self) -> list[int]:
         return random.Random(3).sample(super().get_node_ids(), len(super().get_node_ids()))
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        replies = super().send_and_receive(messages, timeout=timeout)
-        return random.Random(len(replies)).sample(replies, len(replies))
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = super().push_messages(messages)
+        return random.Random(len(pushed)).sample(pushed, len(pushed))
 
 
 def test_order_of_sites_and_replies_changes_nothing(tmp_path: Path) -> None:
@@ -191,13 +191,12 @@ def test_a_refused_reply_is_on_the_wire_record_with_what_it_held(tmp_path: Path)
     study = small_study(tmp_path, "sites.count=3", "arms=[federated]", "rounds.count=1")
 
     class Leaking(InProcessGrid):
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-            replies = super().send_and_receive(messages, timeout=timeout)
-            for reply in replies:
-                identity = reply.content.config_records["identity"]
-                if identity["site"] == "site-2" and "parameter" in reply.content.array_records:
-                    reply.content.array_records["queue"] = reply.content.array_records["parameter"].copy()
-            return replies
+        def deliver(self, message: Message) -> Message:
+            reply = super().deliver(message)
+            identity = reply.content.config_records["identity"]
+            if identity["site"] == "site-2" and "parameter" in reply.content.array_records:
+                reply.content.array_records["queue"] = reply.content.array_records["parameter"].copy()
+            return reply
 
     folder = RunFolder.create(Path(study.run_dir), study.source, resume=True)
     asked: dict[str, str | int] = {"study": study.source, "stages": "pretrain", "sites": 4}
@@ -218,12 +217,10 @@ def test_a_repeated_round_gives_the_same_reply(own: tuple[str, ...], tmp_path: P
     kept: list[tuple[bytes, bytes]] = []
 
     class Twice(InProcessGrid):
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-            asked = list(messages)
-            first = super().send_and_receive(asked, timeout=timeout)
-            again = super().send_and_receive(asked, timeout=timeout)
-            if asked[0].metadata.message_type == PRETRAIN:
-                kept.extend((_bytes(a), _bytes(b)) for a, b in zip(first, again, strict=True))
+        def deliver(self, message: Message) -> Message:
+            first, again = super().deliver(message), super().deliver(message)
+            if message.metadata.message_type == PRETRAIN:
+                kept.append((_bytes(first), _bytes(again)))
             return again
 
     RunFolder.create(Path(study.run_dir), study.source, resume=True)

@@ -1,6 +1,5 @@
 """Sites that lack modalities, over whole federations: who moves which weights, and what each phase asks of whom."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +50,17 @@ class Listening(InProcessGrid):
 
     heard: dict[int, dict[str, dict[str, np.ndarray]]]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        asked = list(messages)
-        replies = list(super().send_and_receive(asked, timeout=timeout))
-        if asked and asked[0].metadata.message_type == PRETRAIN:
-            number = Broadcast.from_record(asked[0].content).order.round
-            self.heard[number] = {
-                str(reply.content.config_records["identity"]["site"]): {
-                    f"{role}/{name}": from_array(array).copy()
-                    for role, arrays in reply.content.array_records.items()
-                    for name, array in arrays.items()
-                }
-                for reply in replies
+    def deliver(self, message: Message) -> Message:
+        reply = super().deliver(message)
+        if message.metadata.message_type == PRETRAIN:
+            number = Broadcast.from_record(message.content).order.round
+            site = str(reply.content.config_records["identity"]["site"])
+            self.heard.setdefault(number, {})[site] = {
+                f"{role}/{name}": from_array(array).copy()
+                for role, arrays in reply.content.array_records.items()
+                for name, array in arrays.items()
             }
-        return replies
+        return reply
 
 
 def heard(study: Study, nodes: int) -> tuple[RunFolder, dict[int, dict[str, dict[str, np.ndarray]]]]:

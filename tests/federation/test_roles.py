@@ -1,7 +1,7 @@
 """Codebooks, momentum encoders and plain sums through the real apps."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,12 @@ class Listening(InProcessGrid):
 
     heard: dict[str, list[bytes]]
 
-    def send_and_receive(self, messages: object, *, timeout: float | None = None) -> list[Message]:
-        replies = super().send_and_receive(messages, timeout=timeout)  # type: ignore[arg-type]
-        for reply in replies:
-            assert not reply.has_error(), reply.error
-            for role, record in reply.content.array_records.items():
-                self.heard.setdefault(role, []).extend(array.data for array in record.values())
-        return replies
+    def deliver(self, message: Message) -> Message:
+        reply = super().deliver(message)
+        assert not reply.has_error(), reply.error
+        for role, record in reply.content.array_records.items():
+            self.heard.setdefault(role, []).extend(array.data for array in record.values())
+        return reply
 
 
 @pytest.fixture
@@ -180,10 +179,10 @@ class Late(InProcessGrid):
         nodes = sorted(super().get_node_ids())
         return nodes if self.rounds else nodes[:2]
 
-    def send_and_receive(self, messages: object, *, timeout: float | None = None) -> list[Message]:
-        asked = list(messages)  # type: ignore[call-overload]
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        asked = list(messages)
         self.rounds += any(message.metadata.message_type == PRETRAIN for message in asked)
-        return list(super().send_and_receive(asked, timeout=timeout))
+        return super().push_messages(asked)
 
 
 def test_a_site_that_comes_late_joins_the_next_round_with_its_codes(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What stands between a message and a site: is it to be obeyed, with which data, and what is recorded of the answer.
+
+In a simulation the study names the sites. At a real one the study must be approved, its order sealed by the study lead,
+and the site's own file is merged last: data, device, state, and a policy that nothing received can change.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context, Message, RecordDict
+
+from medfl import egress, envelope
+from medfl.derived import follows
+from medfl.errors import ConfigError, PolicyError
+from medfl.layout import Layout
+from medfl.messages import Answer, Broadcast, Order
+from medfl.onsite import policy
+from medfl.onsite.approvals import Approval, approval_of
+from medfl.onsite.audit import Audit
+from medfl.onsite.site_file import SiteFile
+from medfl.provision.keys import load_signing_key
+
+SITE_FILE, PARTITION = "site-file", "partition-id"  # keys of a node's configuration
+ANSWER_WITHIN = 86400.0  # s that a sealed answer counts
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An order that this site obeys: `source` is the study with its own data, `partition` its place in it."""
+
+    broadcast: Broadcast
+    kind: str  # of the request, such as "pretrain"
+    source: str
+    partition: int
+    site: SiteFile | None = None  # None: a simulation
+    order_digest: str = ""
+
+
+def admit(message: Message, context: Context) -> Admitted:
+    """
+    Raises:
+        VersionError: another release sent it.
+        PolicyError: the study is not approved here, differs from the approved one, or asks what the policy forbids.
+        CredentialError: the order is not sealed by the study lead, or is of another time.
+        ConfigError: a node that says neither its place in a simulation nor its site file.
+    """
+    kind = message.metadata.message_type.partition(".")[2]
+    place = context.node_config.get(SITE_FILE)
+    if place is None:
+        if PARTITION not in context.node_config:
+            raise ConfigError(f"the node's configuration has neither {SITE_FILE!r} nor {PARTITION!r}; need one.")
+        broadcast = Broadcast.from_record(message.content)
+        return Admitted(broadcast, kind, broadcast.order.study, int(str(context.node_config[PARTITION])))
+    site = SiteFile.read(Path(str(place)))
+    received = _tree(Broadcast.order_of(message.content))
+    approval, invitation = approval_of(site, str(received["run"].get("study")))
+    _, digest = envelope.opened(message.content, invitation.study_key, "order")
+    broadcast = Broadcast.from_record(message.content)
+    _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
+    local = localized(received, site, approval)
+    return Admitted(broadcast, kind, local, 0, site, digest)
+
+
+def _tree(order: Order) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(order.study)
+        return {**tree, "run": dict(tree["run"])}
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        raise ConfigError("the order holds no study. Install the same medfl release on both sides.") from None
+
+
+def _check(order: Order, received: dict[str, Any], approved: dict[str, Any], site: SiteFile, kind: str) -> None:
+    if not follows(received, approved):
+        odd = next((name for name in approved if received.get(name) != approved[name]), "another section")
+        raise PolicyError(f"the study differs from the approved one, first in {odd!r}. Nothing was done.")
+    rules = site.policy
+    if found := policy.refusals(approved, rules):
+        raise PolicyError(f"this site's rules forbid it: {found[0]} Change site.yaml, or leave the study.")
+    needed = policy.STAGES.get(kind, ())
+    if needed and not set(needed) & set(rules.stages):
+        raise PolicyError(f"request {kind}: policy.stages allows {', '.join(rules.stages) or 'none'}.")
+    if kind in ("pretrain", "finetune") and order.steps < rules.least_steps:
+        raise PolicyError(f"steps={order.steps}: policy.least_steps asks for {rules.least_steps} at least.")
+    count = received["rounds"]["count"]
+    if order.rounds != count or not 0 <= order.round <= count:
+        raise PolicyError(f"round {order.round} of {order.rounds}: the approved study has {count}.")
+
+
+def localized(received: dict[str, Any], site: SiteFile, approval: Approval) -> str:
+    """The study as this site runs it: its own data, state and device take the place of what was received.
+
+    Raises:
+        PolicyError: a data set that site.yaml no longer has.
+    """
+    if approval.data not in site.data:
+        raise PolicyError(f"data set {approval.data!r} was approved, and is not in site.yaml any more.")
+    alone = {"site": None} if "site" in received["data"] else {}
+    tree = {**received, "data": {**received["data"], **alone, **site.data[approval.data]}}
+    held_out = received["sites"].get("held_out") == site.site
+    tree["sites"] = {
+        "_target_": "medfl.data.single.Single", "name": site.site, "held_out": held_out,
+        "min_images": site.policy.least_images,
+    }  # fmt: skip
+    threads = received["training"]["threads"] if site.threads is None else site.threads
+    tree["training"] = {**received["training"], "device": site.device, "threads": threads}
+    tree["run"] = {**received["run"], "dir": str(site.state), "state_dir": str(site.state)}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
+    """The answer as it leaves: checked by the egress gate, written to the audit log, sealed.
+
+    Raises:
+        PolicyError: something that must not leave, or more bytes than the policy allows.
+        DivergedError: a tensor that is not finite.
+    """
+    egress.check(answer, layout)
+    record, site = answer.to_record(), admitted.site
+    if site is None:
+        return record
+    order, size = admitted.broadcast.order, sum(array.nbytes for array in answer.flat.values())
+    if size > site.policy.most_bytes:
+        raise PolicyError(f"the answer has {size} bytes, policy.most_bytes allows {site.policy.most_bytes}.")
+    key = _key(site.signing_key)
+    number, hash_ = Audit(site.audit).write(
+        "answer", study=_tree(order)["run"]["study"], stage=admitted.kind, arm=order.arm, round=order.round,
+        bytes=size + 8 * len(answer.metrics), arrays=egress.contents(layout), metrics=sorted(answer.metrics),
+        facts=sorted(answer.facts), order=admitted.order_digest,
+    )  # fmt: skip
+    now = envelope.now()
+    seal = envelope.Seal("answer", now, now + ANSWER_WITHIN, admitted.order_digest, f"{number}:{hash_}")
+    envelope.closed(record, key, seal)
+    return record
+
+
+@functools.cache
+def _key(path: Path) -> Ed25519PrivateKey:
+    return load_signing_key(path)
+
+
+def refused(context: Context, kind: str, code: int, text: str, ticket: str) -> None:
+    """Write a request that failed, and why, into the site's own audit log; in a simulation nothing."""
+    place = context.node_config.get(SITE_FILE)
+    if place is not None:
+        audit = Audit(SiteFile.read(Path(str(place))).audit)
+        audit.write("refused", stage=kind, code=code, reason=text, ticket=ticket)

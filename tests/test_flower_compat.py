@@ -1,15 +1,19 @@
 """The private names of Flower that medfl relies on: on a failure read flower_compat.py before upgrading flwr."""
 
 import inspect
+from pathlib import Path
 
 import flwr
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.serverapp import Grid
 from flwr.simulation.run_simulation import _run_simulation
+from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+from flwr.supernode.runtime import run_clientapp
 
 from medfl.carriers import InProcessGrid
-from medfl.flower_compat import identify_message, new_run, take_identity
+from medfl.flower_compat import identify_message, install_bundle, new_run, take_identity, task_commands
 
 
 def test_the_simulation_entry_point_keeps_its_parameters() -> None:
@@ -48,6 +52,28 @@ def test_a_crashing_app_gives_an_error_reply() -> None:
     (reply,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=1000, message_type="train")])
     assert reply.has_error()
     assert "0001" not in reply.error.reason
+
+
+def test_the_run_of_a_client_app_calls_what_a_site_puts_in_its_place() -> None:
+    source = inspect.getsource(run_clientapp.run_clientapp)
+    for call in (
+        "message, context, run, fab = pull_task_input(client)",
+        "install_from_fab(fab.content, skip_prompt=True)",
+        "get_project_dir(run.fab_id, run.fab_version, fab.hash_str)",
+        "load_client_app_fn = get_load_client_app_fn(",
+        "push_message(client, reply_message, context)",
+    ):
+        assert call in source
+    assert source.index("install_from_fab(fab") < source.index("load_client_app_fn(\n            run.fab_id")
+    assert set(inspect.signature(run_clientapp.push_task_output).parameters) >= {"client", "context", "details"}
+    assert {"default_app_ref", "app_path", "multi_app"} == set(inspect.signature(get_load_client_app_fn).parameters)
+    assert inspect.signature(install_bundle).return_annotation is Path
+
+
+def test_a_superexec_starts_the_programs_that_a_site_replaces() -> None:
+    assert task_commands()["flwr-clientapp"]
+    assert not task_commands()["flwr-serverapp"]
+    assert "TASK_TYPE_TO_COMMAND[spec.task_type]" in inspect.getsource(SubprocessExecutor.launch)
 
 
 def test_flower_is_a_version_that_was_tested() -> None:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
+from medfl.cli.main import asks_help
 from medfl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def compare(words: Sequence[str]) -> None:
 
     The first run's study is row 1, with which the others are compared.
     """
-    if {"-h", "--help"} & set(words):
-        print((compare.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(compare, words):
         return
     from medfl.report import compare as over_runs
 

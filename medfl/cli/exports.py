@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from medfl.cli.main import run_argument
+from medfl.cli.main import asks_help, run_argument
 from medfl.errors import ConfigError, one_of
 from medfl.run_folder import RunFolder
 
@@ -21,8 +21,7 @@ def export(words: Sequence[str]) -> None:
 
     Of a fine-tuned arm, such as federated_finetune:federated:1, the encoder is written; its head stays in the run.
     """
-    if {"-h", "--help"} & set(words):
-        print((export.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(export, words):
         return
     from medfl.exports import folder as exported
     from medfl.exports import onnx

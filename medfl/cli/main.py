@@ -9,11 +9,16 @@ from medfl.files import FULL
 
 Command = Callable[[Sequence[str]], None]
 USAGE = 2
+GROUPS = {
+    "On one machine": ("prepare", "simulate", "synthesize", "share"),
+    "With a finished run": ("finetune", "evaluate", "transfer", "report", "compare", "export"),
+    "Among real sites": ("study", "site", "bundle"),
+}
 
 
 def commands() -> dict[str, Command]:
     """Name → command; a command's help is its docstring."""
-    from medfl.cli import compare, exports, prepare, research, synthetic
+    from medfl.cli import bundle, compare, exports, prepare, research, site, study, synthetic
 
     return {
         "prepare": prepare.prepare,
@@ -26,6 +31,9 @@ def commands() -> dict[str, Command]:
         "report": research.report,
         "compare": compare.compare,
         "export": exports.export,
+        "study": study.study,
+        "site": site.site,
+        "bundle": bundle.bundle,
     }
 
 
@@ -62,6 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def asks_help(command: Command, words: Sequence[str]) -> bool:
+    """Print the command's docstring if the words ask for it."""
+    if not {"-h", "--help"} & set(words):
+        return False
+    print((command.__doc__ or "").replace("\n    ", "\n"))
+    return True
+
+
 def run_argument(name: str, words: Sequence[str]) -> tuple[str, list[str]]:
     """The run folder and the overrides of `medfl <name> RUN [key=value ...]`."""
     if not words or "=" in words[0] or words[0].startswith("-"):
@@ -70,9 +86,11 @@ def run_argument(name: str, words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _print_help(known: dict[str, Command]) -> None:
-    print("medfl: federated self-supervised pretraining for medical images\n")
-    for name, command in known.items():
-        print(f"  medfl {name:10} {(command.__doc__ or '').splitlines()[0]}")
+    print("medfl: federated self-supervised pretraining for medical images")
+    for users, names in GROUPS.items():
+        print(f"\n{users}")
+        for name in names:
+            print(f"  medfl {name:10} {(known[name].__doc__ or '').splitlines()[0]}")
     print("\nOne command's options: medfl COMMAND --help")
 
 

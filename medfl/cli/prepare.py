@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from medfl.cli.main import asks_help
 from medfl.errors import ConfigError
 
 VAL = 0.1
@@ -25,8 +26,7 @@ def prepare(words: Sequence[str]) -> None:
     from medfl.prepare.recipes import prepare as run
     from medfl.prepare.table import summary
 
-    if {"-h", "--help"} & set(words):
-        print((prepare.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(prepare, words):
         for name, recipe in RECIPES.items():
             options = "".join(f" {option}={'|'.join(allowed)}" for option, allowed in recipe.options.items())
             print(f"  {name}{options}\n      {recipe.layout}\n      {recipe.origin}")

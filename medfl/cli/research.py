@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from medfl import config
-from medfl.cli.main import run_argument
+from medfl.cli.main import asks_help, run_argument
 from medfl.cli.progress import Progress, sites_table, summary
 from medfl.errors import ConfigError, one_of
 from medfl.files import write_bytes
@@ -35,7 +35,8 @@ def simulate(words: Sequence[str]) -> None:
     if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
         _through_hydra(words)
         return
-    if _wants_help(simulate, words):
+    if asks_help(simulate, words):
+        _print_choices()
         return
     if "--cfg" in words:
         _print_study(words)
@@ -67,7 +68,7 @@ def transfer(words: Sequence[str]) -> None:
 
 def report(words: Sequence[str]) -> None:
     """Write report.html anew from what a run folder holds: medfl report RUN."""
-    if _wants_help(report, words):
+    if asks_help(report, words):
         return
     from medfl.report.page import write
 
@@ -76,7 +77,7 @@ def report(words: Sequence[str]) -> None:
 
 
 def _rerun(name: str, words: Sequence[str], stages: Sequence[str]) -> None:
-    if _wants_help(globals()[name], words):
+    if asks_help(globals()[name], words):
         return
     run, rest = run_argument(name, words)
     folder = RunFolder.open(Path(run))
@@ -143,15 +144,6 @@ def _provenance(command: str) -> str:
 
 def _resumes(words: Sequence[str]) -> bool:
     return any(word == "resume=true" or word == "resume=True" for word in words)
-
-
-def _wants_help(command: object, words: Sequence[str]) -> bool:
-    if not {"-h", "--help"} & set(words):
-        return False
-    print((command.__doc__ or "").replace("\n    ", "\n"))
-    if getattr(command, "__name__", "") == "simulate":
-        _print_choices()
-    return True
 
 
 def _print_study(words: Sequence[str]) -> None:

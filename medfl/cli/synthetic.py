@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medfl import config, site_synthesis
-from medfl.cli.main import run_argument
+from medfl.cli.main import asks_help, run_argument
 from medfl.errors import ConfigError, DataError, PolicyError
 from medfl.files import sha256, write_bytes
 
@@ -32,8 +32,7 @@ def synthesize(words: Sequence[str]) -> None:
     """
     from medfl.cli import research
 
-    if {"-h", "--help"} & set(words):
-        print((synthesize.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(synthesize, words):
         return
     given = {word.partition("=")[0] for word in words}
     sites = () if "sites" in given else ("sites", "sites.count")
@@ -53,8 +52,7 @@ def share(words: Sequence[str]) -> None:
 
     FOLDER is .../synthetic/SITE. The model never goes along: its weights can reproduce patients.
     """
-    if {"-h", "--help"} & set(words):
-        print((share.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(share, words):
         return
     folder, rest = run_argument("share", words)
     options = dict(word.split("=", 1) for word in rest if "=" in word)

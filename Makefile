@@ -23,7 +23,7 @@ demo: $(VENV)/ready ## four simulated hospitals, from images to report, in minut
 	$(BIN)/medfl simulate run.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/ready ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: format lint types layers test ## what CI runs
 

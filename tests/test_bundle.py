@@ -165,7 +165,7 @@ def test_a_bundle_installs_itself_without_a_network(
     monkeypatch.setenv("PIP_REQUIRE_VIRTUALENV", "broken")
     into = tmp_path / "opt" / "medfl"
     assert main(["install", str(packed(bundle)), "--into", str(into)]) == 0
-    said = subprocess.run([into / "bin" / "medfl"], capture_output=True, check=True, text=True)
+    said = subprocess.run([into / "bin" / "medfl"], capture_output=True, check=True, text=True, env={})
     assert said.stdout == "it runs\n"
     assert (into / "deploy" / "README.md").is_file()
     assert [path.name for path in into.parent.iterdir()] == ["medfl"], "nothing temporary may stay"

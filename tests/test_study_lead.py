@@ -109,7 +109,7 @@ def test_a_study_is_made_whole_or_not_at_all(study: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"run\.dir"):
         lead.create(tmp_path / "new", replace(PLAN, overrides=["run.dir=x"]), "a long passphrase")
     assert not [path for path in tmp_path.iterdir() if "new" in path.name]
-    assert StudyFile.read(study).names == ["127.0.0.1"]
+    assert StudyFile.read(study).names == ["127.0.0.1", "link"]
     (study / "study.yaml").write_text((study / "study.yaml").read_text().replace("port: 8443", "prot: 8443"))
     with pytest.raises(ConfigError, match="Did you mean port"):
         StudyFile.read(study)

@@ -1,9 +1,11 @@
 """Every private import of Flower, in one place; tests/test_flower_compat.py fails when a name or signature moves."""
 
+import hashlib
 import logging
 import os
+import ssl
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +27,14 @@ __all__ = [
     "ConnectionLost",
     "Guard",
     "NodeInfo",
+    "control_client",
     "identify_message",
     "install_bundle",
     "limited",
     "new_run",
     "run_client_app",
     "run_on_ray",
+    "start_request",
     "take_identity",
     "task_commands",
 ]
@@ -179,6 +183,26 @@ def install_bundle(bundle: bytes, home: Path) -> Path:
     from flwr.cli.install import install_from_fab
 
     return install_from_fab(bundle, install_dir=home, skip_prompt=True)
+
+
+def control_client(address: str, trusted: ssl.SSLContext) -> tuple[Any, Any]:
+    """A client of a SuperLink's Control interface, and the module with its messages."""
+    from flwr.proto import control_pb2
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+
+    version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    return ControlHttpClient(address, interceptors=[version], verify=trusted), control_pb2
+
+
+def start_request(bundle: bytes, run_config: Mapping[str, str | int]) -> Any:
+    """The message that submits a run of exactly this bundle."""
+    from flwr.common.serde import user_config_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.proto.fab_pb2 import Fab
+
+    fab = Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
+    return StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(run_config)))
 
 
 def task_commands() -> dict[str, bool]:

@@ -1,23 +1,22 @@
 """The SuperLink's Control interface, asked from the coordinator's own host: who is registered, which runs there are.
 
 Flower's command line starts a process of seconds for each question, shows no node's key, and builds the bundle itself;
-here a run is submitted with the very bytes of the bundle that the sites reviewed. The only user of these private
-names; tests/test_deployment.py fails when one moves.
+here a run is submitted with the very bytes of the bundle that the sites reviewed.
 """
 
-import hashlib
 import os
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from medfl.deployment.programs import SWITCHES
 from medfl.errors import InternalError, NetworkError
+from medfl.flower_compat import control_client, start_request
 from medfl.provision.study_file import StudyFile
 
 FINISHED = "finished"
@@ -57,15 +56,9 @@ class Control:
     def __init__(self, folder: Path, study: StudyFile) -> None:
         direct = [os.environ.get("NO_PROXY", ""), study.link_host]
         os.environ.update(SWITCHES | {"NO_PROXY": ",".join(host for host in direct if host)})
-        from flwr.proto import control_pb2
-        from flwr.supercore.control import ControlHttpClient
-        from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-
-        context = ssl.create_default_context(cafile=str(folder / "authority" / "ca.crt"))
-        version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+        trusted = ssl.create_default_context(cafile=str(folder / "authority" / "ca.crt"))
         self.address = study.link
-        self.client: Any = ControlHttpClient(f"https://{study.link}", interceptors=[version], verify=context)
-        self.messages: Any = control_pb2
+        self.client, self.messages = control_client(f"https://{study.link}", trusted)
 
     def nodes(self) -> list[Node]:
         with self._asking("list the sites"):
@@ -93,15 +86,8 @@ class Control:
 
     def start(self, bundle: bytes, run_config: Mapping[str, str | int]) -> int:
         """Submit a run of exactly this bundle; returns its id."""
-        from flwr.common.serde import user_config_to_proto
-        from flwr.proto.fab_pb2 import Fab
-
-        request = self.messages.StartRunRequest(
-            fab=Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle),
-            override_config=user_config_to_proto(dict(run_config)),
-        )
         with self._asking("start the run"):
-            answer = self.client.StartRun(request)
+            answer = self.client.StartRun(start_request(bundle, run_config))
         if not answer.run_id:
             raise InternalError("the SuperLink started no run and said no reason. Its log is state/logs/link.log.")
         return int(answer.run_id)
@@ -112,8 +98,6 @@ class Control:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        import httpx
-
         try:
             yield
         except httpx.HTTPStatusError as error:

@@ -30,6 +30,7 @@ from medfl.study import Study
 POLL = 0.2  # s, while waiting for sites to come online
 OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-9][0-9]{0,11})")
 MOST_CLASSES, MOST_REGIONS = 1000, 254  # masks are of bytes, one of which means unknown
+AGAIN = 5.0  # s between two questions to sites that were not reached
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
 SHARED = (ConfigError, DataError, PolicyError, ResourceError, DivergedError, VersionError, CredentialError)
 BY_CODE = {error.exit_code: error for error in SHARED}
@@ -100,11 +101,26 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
     Raises:
         NetworkError (or the sites' common error): none came online, or none could take part, with each reason.
     """
-    found, refused = _ask_who(federation, _wait(federation.grid, expected, federation.study.rounds.deadline))
+    deadline = federation.study.rounds.deadline
+    end = time.monotonic() + deadline
+    found, refused = _ask_who(federation, _wait(federation.grid, expected, deadline))
+    while federation.seals and any(_unreached(reply) for _, reply, _ in refused) and time.monotonic() < end:
+        time.sleep(AGAIN)  # after a restart of the coordinator, sites need a minute to be back
+        settled = {site.node for site in found} | {node for node, reply, _ in refused if not _unreached(reply)}
+        more, lost = _ask_who(federation, sorted(set(federation.grid.get_node_ids()) - settled))
+        found = sorted([*found, *more], key=lambda site: site.name)
+        refused = [row for row in refused if row[0] in settled] + lost
+        if len(found) >= expected:
+            break
     if not found:
-        reasons = " ".join(text for _, text in refused)
-        raise common([reply for reply, _ in refused], f"no site could take part. {reasons}")
+        reasons = " ".join(text for *_, text in refused)
+        raise common([reply for _, reply, _ in refused], f"no site could take part. {reasons}")
     return found
+
+
+def _unreached(reply: Message) -> bool:
+    """Whether Flower answered in a site's place."""
+    return reply.has_error() and reply.error.code < SITE_ERROR
 
 
 def newcomers(federation: Federation, known: set[int]) -> list[Enrolled]:
@@ -118,8 +134,8 @@ def newcomers(federation: Federation, known: set[int]) -> list[Enrolled]:
     return _ask_who(federation, nodes)[0] if nodes else []
 
 
-def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolled], list[tuple[Message, str]]]:
-    """Who answers, in the order of names, and the refused replies with their reasons."""
+def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolled], list[tuple[int, Message, str]]]:
+    """Who answers, in the order of names, and (node, reply, reason) of the refused."""
     study, folder = federation.study, federation.folder
     order = Order(study.source, "none", "none", "none", 0, study.rounds.count, 0, "none", uuid.uuid4().hex)
     content = Broadcast(order).to_record()
@@ -138,8 +154,8 @@ def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolle
             found[site.name] = site
             folder.wire(_enrol_rows(site.name, reply))
         except ReplyRefused as error:
-            refused.append((reply, str(error)))
-    folder.write(Event("enrol", "", 0, "", "refused", 1.0, text) for _, text in refused)
+            refused.append((nodes[place], reply, str(error)))
+    folder.write(Event("enrol", "", 0, "", "refused", 1.0, text) for *_, text in refused)
     return [found[name] for name in sorted(found)], refused
 
 

@@ -375,6 +375,16 @@ def test_a_study_whose_approval_ended_is_refused_and_recorded(joined: SiteFile) 
     assert list(Audit(joined.audit).entries())[-1]["what"] == "study refused"
 
 
+def test_a_node_whose_handshake_broke_off_is_known_by_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "node.log"
+    assert not site_watch.severed(log)
+    for last, wanted in (("SSL/TLS handshake error detected.", True), ("SuperNode ID: 1", False)):
+        log.write_text(f"{last}\nINFO: an explanation\n")
+        assert not site_watch.severed(log)  # it may still go on
+        os.utime(log, (time.time() - 2 * site_watch.SILENCE,) * 2)
+        assert site_watch.severed(log) is wanted
+
+
 def test_a_node_is_stuck_when_its_request_is_too_old_or_lost(joined: SiteFile) -> None:
     assert not site_watch.stuck(joined)
     assert not site_watch.relieve(joined, STUDY)

@@ -1,6 +1,7 @@
 """What a site works on, and the watchdog: a node whose request takes too long, or was lost, is started again.
 
-Flower's node waits for an answer for ever, and stays "online" while it does.
+Flower's node waits for an answer for ever, and stays "online" while it does. And it stays without a connection for ever
+once a TLS handshake broke off, as it does where a firewall or a port forwarder answers for a coordinator that is down.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from medfl.onsite.site_file import SiteFile
 LOST = 300.0  # s after which a request whose process is gone will get no answer any more
 LATE = 300.0  # s after its limit in which a request should have ended itself
 EVERY = 15.0  # s between two looks
+SEVERED, SILENT = b"handshake error", 30.0  # the last word of such a node in its log; s without another
+TAIL = 20_000  # bytes of a log
 LAUNCHER = "medfl.deployment.clientapp"
 
 
@@ -69,8 +72,27 @@ def stuck(site: SiteFile) -> str:
     return ""
 
 
+def severed(log: Path) -> bool:
+    """Whether the node's log ends with a handshake that broke off."""
+    try:
+        if time.time() - log.stat().st_mtime < SILENT:
+            return False
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            lines = [line for line in file.read().splitlines() if line.strip()]
+    except OSError:
+        return False
+    return any(SEVERED in line for line in lines[-2:])
+
+
 def relieve(site: SiteFile, study_id: str) -> bool:
     """End a stuck node, which the supervisor starts again; returns whether it was stuck."""
+    folder = site.study(study_id)
+    if severed(folder.logs / "node.log") and (pid := _node(site, study_id)):
+        _end(pid, signal.SIGKILL)
+        reason = "a TLS handshake broke off, after which the node does not try again"
+        Audit(site.audit).write("node restarted", study=study_id, reason=reason)
+        return True
     reason, now = stuck(site), work(site)
     if not reason or now is None:
         return False
@@ -78,10 +100,14 @@ def relieve(site: SiteFile, study_id: str) -> bool:
     done(site)
     if _is_launcher(now.pid):
         _end(now.pid, signal.SIGKILL)
-    facts = running_parts(site.study(study_id).pid)
-    if pid := facts.get("node", {}).get("pid"):
-        _end(int(str(pid)), signal.SIGTERM)
+    if pid := _node(site, study_id):
+        _end(pid, signal.SIGTERM)
     return True
+
+
+def _node(site: SiteFile, study_id: str) -> int:
+    """The node's process; 0 where none runs."""
+    return int(str(running_parts(site.study(study_id).pid).get("node", {}).get("pid") or 0))
 
 
 @contextlib.contextmanager

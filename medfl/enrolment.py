@@ -104,14 +104,14 @@ def enrol(federation: Federation, expected: int) -> list[Enrolled]:
     deadline = federation.study.rounds.deadline
     end = time.monotonic() + deadline
     found, refused = _ask_who(federation, _wait(federation.grid, expected, deadline))
-    while federation.seals and any(_unreached(reply) for _, reply, _ in refused) and time.monotonic() < end:
-        time.sleep(AGAIN)  # after a restart of the coordinator, sites need a minute to be back
+    while federation.seals and time.monotonic() < end:  # after a restart, sites need a minute to be back
         settled = {site.node for site in found} | {node for node, reply, _ in refused if not _unreached(reply)}
+        if len(settled) >= expected:
+            break
+        time.sleep(AGAIN)
         more, lost = _ask_who(federation, sorted(set(federation.grid.get_node_ids()) - settled))
         found = sorted([*found, *more], key=lambda site: site.name)
         refused = [row for row in refused if row[0] in settled] + lost
-        if len(found) >= expected:
-            break
     if not found:
         reasons = " ".join(text for *_, text in refused)
         raise common([reply for _, reply, _ in refused], f"no site could take part. {reasons}")

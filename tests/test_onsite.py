@@ -55,9 +55,9 @@ def authority() -> str:
 
 
 @cache
-def study_text() -> str:
+def study_text(*overrides: str) -> str:
     words = ["method=simclr", "encoder=tiny", "stages=[pretrain,evaluate]", "arms=[federated]", f"run.study={STUDY}"]
-    return config.compose([*words, "rounds.count=3", "run.dir=run"]).source
+    return config.compose([*words, "rounds.count=3", "run.dir=run", *overrides]).source
 
 
 def small_app(extra: Mapping[str, bytes] | None = None) -> bytes:
@@ -259,6 +259,11 @@ def test_the_review_says_what_leaves_and_whether_the_program_is_known(
     assert rows["train.pretrain"]["times"] == 3
     assert rows["train.pretrain"]["bytes"]["parameter"] >= 4 * 100_000
     assert facts["bytes"] == sum(row["times"] * sum(row["bytes"].values()) for row in facts["asked"])
+    several = ("task=multilabel", "data=folder", "data.root=x", "data.image=a", "data.labels=[Mass,Edema]")
+    findings = study_text("stages=[pretrain,finetune]", *several)
+    command(["review", str(invited(tmp_path, config=findings)), "--site", str(place.folder), "--json"])
+    tuned = {row["request"]: row for row in json.loads(capsys.readouterr().out)["asked"]}["train.finetune"]
+    assert tuned["bytes"]["parameter"] > 0
     place.path.write_text(place.path.read_text().replace("most_bytes: 2000000000", "most_bytes: 1000"))
     with pytest.raises(PolicyError, match="most_bytes allows 1000"):
         command(["approve", str(path), "--by", "Dr A", "--site", str(place.folder)])

@@ -171,12 +171,15 @@ def _of_tuning(study: Study, outputs: Mapping[str, int], *, frozen: bool) -> tup
 
 
 def _outputs(site: SiteFile, study: Study) -> tuple[dict[str, int], str]:
-    """Classes and labels of masks, as far as the study or the site's data sets name them, and what was assumed."""
+    """Classes or findings and labels of masks, as far as study or site name them, and what was assumed."""
     nodes = [study.data, *site.data.values()]
     classes = max((len(node["classes"]) for node in nodes if node.get("classes")), default=0)
     values = [value for node in nodes for part in (node.get("regions") or {}).values() for value in part]
+    labels = len(set(values)) + 1 if values else UNKNOWN + 1
+    if findings := max((len(node["labels"]) for node in nodes if node.get("labels")), default=0):
+        return {"outputs": findings, "labels": labels}, ""
     assumed = "" if classes else f"{UNKNOWN} classes (neither the study nor site.yaml names them)"
-    return {"classes": classes or UNKNOWN, "labels": len(set(values)) + 1 if values else UNKNOWN + 1}, assumed
+    return {"classes": classes or UNKNOWN, "labels": labels}, assumed
 
 
 def _private(method: Method, policy: Policy) -> dict[str, int]:

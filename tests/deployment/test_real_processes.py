@@ -15,7 +15,7 @@ pytestmark = [
     ),
 ]
 STUDY = (
-    "stages=[pretrain,finetune,evaluate,transfer,report]", "arms=[local,federated]", "rounds.count=2",
+    "stages=[pretrain,finetune,evaluate,transfer,report]", "arms=[federated]", "rounds.count=2",
     "finetune.protocols=[federated_finetune]", "evaluation.pictures=none",
 )  # fmt: skip
 

@@ -386,7 +386,7 @@ def test_a_node_whose_handshake_broke_off_is_known_by_its_log(tmp_path: Path) ->
     for last, wanted in (("SSL/TLS handshake error detected.", True), ("SuperNode ID: 1", False)):
         log.write_text(f"{last}\nINFO: an explanation\n")
         assert not site_watch.severed(log)  # it may still go on
-        os.utime(log, (time.time() - 2 * site_watch.SILENCE,) * 2)
+        os.utime(log, (time.time() - 2 * site_watch.SILENT,) * 2)
         assert site_watch.severed(log) is wanted
 
 

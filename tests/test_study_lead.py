@@ -159,6 +159,7 @@ def test_the_commands_say_what_comes_next(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MEDFL_CA_PASSPHRASE", "a long passphrase")
+    handler = signal.getsignal(signal.SIGTERM)
     request_of(tmp_path / "c", "c")
     verbs = [["invite"], ["approve", str(tmp_path / "c" / "request.json"), "--yes"], ["renew"], ["revoke", "c"]]
     for verb, *rest in [*verbs, ["list"], ["run"], ["status"], ["stop"]]:
@@ -176,4 +177,4 @@ def test_the_commands_say_what_comes_next(
     with pytest.raises(CredentialError, match="0600"):
         command(["serve", "link", str(study)])
     assert os.environ["MEDFL_CA_PASSPHRASE"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 install: $(VENV)/ready ## make .venv with everything in it
 
 demo: $(VENV)/ready ## four simulated hospitals, from images to report, in minutes
-	$(BIN)/medfl simulate experiment=demo run.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/medfl simulate run.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/ready ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

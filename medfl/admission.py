@@ -37,6 +37,7 @@ class Admitted:
     source: str
     partition: int
     site: SiteFile | None = None  # None: a simulation
+    study_id: str = ""
     order_digest: str = ""
 
 
@@ -62,7 +63,7 @@ def admit(message: Message, context: Context) -> Admitted:
     broadcast = Broadcast.from_record(message.content)
     _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
     local = localized(received, site, approval)
-    return Admitted(broadcast, kind, local, 0, site, digest)
+    return Admitted(broadcast, kind, local, 0, site, approval.study_id, digest)
 
 
 def _tree(order: Order) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
         raise PolicyError(f"the answer has {size} bytes, policy.most_bytes allows {site.policy.most_bytes}.")
     key = _key(site.signing_key)
     number, hash_ = Audit(site.audit).write(
-        "answer", study=_tree(order)["run"]["study"], stage=admitted.kind, arm=order.arm, round=order.round,
+        "answer", study=admitted.study_id, stage=admitted.kind, arm=order.arm, round=order.round,
         bytes=size + 8 * len(answer.metrics), arrays=egress.contents(layout), metrics=sorted(answer.metrics),
         facts=sorted(answer.facts), order=admitted.order_digest,
     )  # fmt: skip

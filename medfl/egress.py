@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Final
 
-import numpy as np
-
 from medfl import allowed
 from medfl.errors import DivergedError, PolicyError
-from medfl.layout import Layout
+from medfl.layout import Layout, finite
 from medfl.messages import Answer
 from medfl.methods.base import Role
 
@@ -31,18 +29,13 @@ def check(answer: Answer, layout: Layout) -> None:
         array = answer.flat[group]
         if array.shape != (size,) or str(array.dtype) != group.rpartition("/")[2]:
             raise PolicyError(f"the answer's {group!r} is {array.dtype} {array.shape}, need {size}. Nothing was sent.")
-        if not _finite(array):
+        if not finite(array):
             raise DivergedError(f"{group!r} has NaN or infinity. Lower training.optimizer.lr. Nothing was sent.")
     try:
         allowed.checked_metrics(answer.metrics.items())
     except ValueError as error:
         raise PolicyError(f"{error} Nothing was sent.") from None
     _check_facts(answer.facts)
-
-
-def _finite(array: np.ndarray) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(array, array)))
 
 
 def _check_facts(facts: Mapping[str, str | list[str]]) -> None:
@@ -54,8 +47,7 @@ def _check_facts(facts: Mapping[str, str | list[str]]) -> None:
 
 def contents(layout: Layout) -> list[str]:
     """One line for each tensor, as the audit log has it: role, name, dtype, shape, bytes."""
-    width = {"float32": 4, "float64": 8}
     return [
-        f"{slot.role} {slot.name} {slot.dtype} {'x'.join(map(str, slot.shape)) or '1'} {slot.size * width[slot.dtype]}"
+        f"{slot.role} {slot.name} {slot.dtype} {'x'.join(map(str, slot.shape)) or '1'} {slot.bytes}"
         for slot in layout.slots
     ]

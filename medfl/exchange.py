@@ -14,8 +14,6 @@ from medfl.layout import Flat, Layout
 from medfl.messages import Broadcast, Order
 from medfl.run_folder import Event
 
-WIDTH = {"float32": 4, "float64": 8}  # bytes
-
 
 @dataclass(frozen=True)
 class Request:
@@ -63,7 +61,9 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     updates: dict[str, Update] = {}
     heads: dict[str, str] = {}
     refused: list[tuple[Message, str, str]] = []
-    for place, reply in replies(federation.grid, asked, deadline, most=_bytes(request.answers)):
+    for place, reply in replies(
+        federation.grid, asked, deadline, most=sum(slot.bytes for slot in request.answers.slots)
+    ):
         site = sites[place]
         try:
             if not reply.has_error() and reply.metadata.src_node_id != site.node:
@@ -98,10 +98,6 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     return [updates[name] for name in sorted(updates)]
 
 
-def _bytes(layout: Layout) -> int:
-    return sum(slot.size * WIDTH[slot.dtype] for slot in layout.slots)
-
-
 def _expected(federation: Federation, request: Request, site: Enrolled) -> Expected:
     limits = federation.study.rounds
     return Expected(
@@ -131,14 +127,13 @@ def _rows(
         "stage": request.stage,
     }
     for slot in layout.slots:
-        size = slot.size * WIDTH[slot.dtype]
         shape = "x".join(map(str, slot.shape)) or "1"
         yield common | {
             "name": slot.name,
             "role": slot.role,
             "dtype": slot.dtype,
             "shape": shape,
-            "bytes": size,
+            "bytes": slot.bytes,
         }
     for name in metrics:
         yield common | {"name": name, "role": "metric", "dtype": "float64", "shape": "1", "bytes": 8}

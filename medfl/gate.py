@@ -15,7 +15,7 @@ from flwr.app import Array, Message, RecordDict
 from medfl import allowed
 from medfl.errors import MedflError
 from medfl.evaluation import counts
-from medfl.layout import DTYPES, Flat, Layout
+from medfl.layout import DTYPES, Flat, Layout, finite
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
@@ -143,7 +143,7 @@ def _tensors(content: RecordDict, expected: Expected) -> Flat:
     for group, size in sizes.items():
         _check_header(group, arrays[group], size, expected)
         flat[group] = from_array(arrays[group])
-        if not _finite(flat[group]):
+        if not finite(flat[group]):
             raise _refuse(
                 expected,
                 f"{_first_bad(group, flat[group], expected.layout)} has NaN or infinity. Lower training.optimizer.lr.",
@@ -159,15 +159,9 @@ def _check_header(group: str, array: Array, size: int, expected: Expected) -> No
         raise _refuse(expected, f"array {group!r} has (form, dtype, shape, bytes) = {str(got)[:120]}, need {need}.")
 
 
-def _finite(array: np.ndarray) -> bool:
-    # One pass without a temporary: any NaN or infinity survives the sum of squares; overflow is refused as well.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(float(np.dot(array, array)))
-
-
 def _first_bad(group: str, array: np.ndarray, layout: Layout) -> str:
     for slot in layout.groups[group]:
-        if not _finite(array[slot.offset : slot.offset + slot.size]):
+        if not finite(array[slot.offset : slot.offset + slot.size]):
             return f"'{slot.name}'"
     return f"array '{group}'"
 

@@ -6,6 +6,7 @@ What a role does not allow to travel is not in the layout, so it cannot leave by
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,15 @@ WIDEST_GRAM = 512  # features; wider ones would send megabytes of sums
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
+def finite(array: np.ndarray) -> bool:
+    """Whether a flat array has no NaN or infinity, nor values whose squares overflow.
+
+    One pass without a temporary: any NaN or infinity survives the sum of squares.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(np.dot(array, array)))
+
+
 @dataclass(frozen=True)
 class Slot:
     """One tensor's place: `size` elements from `offset` in the flat array of its group."""
@@ -43,6 +53,10 @@ class Slot:
     @property
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
 
     @property
     def group(self) -> str:

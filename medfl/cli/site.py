@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medfl.cli import site_pages as pages
+from medfl.cli.main import asks_help
 from medfl.deployment import processes, site_init, site_processes, site_status, site_watch
 from medfl.errors import ConfigError, MedflError, PolicyError, ResourceError
 from medfl.onsite import approvals
@@ -37,8 +38,7 @@ def site(words: Sequence[str]) -> None:
 
     The folder is ./site, the present one if it holds site.yaml, or --site DIR. --json: for scripts. VERB --help: more.
     """
-    if not words or words[0] in ("-h", "--help"):
-        print((site.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(site, words[:1] or ["--help"]):
         return
     if words[0] not in VERBS:
         raise ConfigError(f"got {words[0]!r}. Usage: medfl site {' | '.join(VERBS)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from medfl.cli.main import asks_help
 from medfl.errors import ConfigError, PolicyError
 from medfl.provision.documents import JoinRequest, today
 from medfl.provision.keys import fingerprint
@@ -47,8 +48,7 @@ def study(words: Sequence[str]) -> None:
     deciding = {"init": _init, "invite": _invite, "approve": _approve, "renew": _renew, "revoke": _revoke}
     running = {"up": study_run.up, "run": study_run.run, "stop": study_run.stop, "serve": study_run.serve}
     verbs = deciding | running | {"list": _list, "status": study_run.show}
-    if not words or words[0] in ("-h", "--help"):
-        print((study.__doc__ or "").replace("\n    ", "\n"))
+    if asks_help(study, words[:1] or ["--help"]):
         return
     if words[0] not in verbs:
         raise ConfigError(f"got {words[0]!r}, need one of {', '.join(verbs)}. Try: medfl study --help")

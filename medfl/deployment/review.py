@@ -146,7 +146,7 @@ def _asked(study: Study, method: Method, policy: Policy, outputs: Mapping[str, i
 def _row(stage: str, request: str, times: int, layout: Layout) -> Asked:
     sizes: dict[str, int] = {}
     for slot in layout.slots:
-        sizes[slot.role.value] = sizes.get(slot.role.value, 0) + slot.size * (4 if slot.dtype == "float32" else 8)
+        sizes[slot.role.value] = sizes.get(slot.role.value, 0) + slot.bytes
     return Asked(stage, request, times, sizes | {"metric": METRICS * METRIC_BYTES})
 
 

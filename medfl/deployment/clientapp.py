@@ -102,9 +102,14 @@ def _told(name: str) -> str:
     return os.environ[name]
 
 
-if __name__ == "__main__":
+def run(words: Sequence[str]) -> None:
+    """`main` as a program: a known error is a line and an exit code."""
     try:
-        main(sys.argv[1:])
+        main(words)
     except MedflError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -69,7 +69,7 @@ class _Child:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         self.started = self.answered = self.probed = time.monotonic()
         self.restarts += 1
@@ -156,8 +156,8 @@ def _end(children: Sequence[_Child], grace: float) -> None:
         popen.wait()
 
 
-def _end_with_parent() -> None:
-    """In the new process: SIGTERM when the supervisor dies, even where it could not say so (Linux)."""
+def end_with_parent() -> None:
+    """In a new process: SIGTERM when its parent dies, even where that could not say so (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -5,6 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+from medfl.deployment import handover
+from medfl.deployment.handover import SOCKET
 from medfl.deployment.processes import Process
 from medfl.deployment.programs import environment, program
 from medfl.errors import ConfigError, ResourceError
@@ -13,13 +15,14 @@ from medfl.onsite.site_file import SiteFile, StudyFolder
 from medfl.provision.keys import private
 
 NODE_HOST = "MEDFL_NODE_HOST"  # where the apps find the node: another container's name, or this machine
-PYTHON, SITE_FILE, STUDY = "MEDFL_PYTHON", "MEDFL_SITE_FILE", "MEDFL_STUDY"  # what the launcher is told
+# what the launcher is told
+PYTHON, HANDOVER, SITE_FILE, STUDY = "MEDFL_PYTHON", "MEDFL_HANDOVER", "MEDFL_SITE_FILE", "MEDFL_STUDY"
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 LOCAL = "127.0.0.1"
 LAUNCHER = """#!/bin/sh
 # Flower's SuperExec starts its programs by name. At this site all of them are this one, which lets a ClientApp run if
 # its bundle is the approved one, and nothing else.
-exec "$MEDFL_PYTHON" -P -m medfl.deployment.clientapp {command} "$@"
+exec "$MEDFL_PYTHON" -I -S "$MEDFL_HANDOVER" {command} "$@"
 """
 
 
@@ -33,6 +36,7 @@ def node(site: SiteFile, study_id: str) -> tuple[list[str], dict[str, str]]:
     """
     _, invitation = approval_of(site, study_id)
     words = [
+        *(sys.executable, "-P", "-m", "medfl.deployment.tended"),
         program("flower-supernode"),
         *("--root-certificates", str(site.study(study_id).authority)),
         *("--superlink", at(invitation.address, invitation.port)),
@@ -55,13 +59,15 @@ def apps(site: SiteFile, study_id: str) -> tuple[list[str], dict[str, str]]:
     folder = site.study(study_id)
     _write_launchers(folder)
     words = [
+        *(sys.executable, "-P", "-m", "medfl.deployment.warm"),
         program("flower-superexec"),
         *("--insecure", "--runtime-api-address", at(node_host(), site.port)),
         *("--superexec-auth-secret-file", str(private(site.secret))),
     ]
     around = environment(folder.home, [node_host()])
     kept = {name: value for name, value in around.items() if name.lower() not in PROXIES}
-    told = {PYTHON: sys.executable, SITE_FILE: str(site.path), STUDY: study_id}
+    told = {PYTHON: sys.executable, HANDOVER: handover.__file__, SITE_FILE: str(site.path), STUDY: study_id}
+    told[SOCKET] = str(site.state / "warm.socket")
     path = os.pathsep.join([str(folder.bin), kept["PATH"]])
     # the app's folder must hold the reviewed files alone, so what is compiled goes elsewhere
     compiled = {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(site.state / "compiled")}

@@ -1,7 +1,6 @@
 """What a site works on, and the watchdog: a node whose request takes too long, or was lost, is started again.
 
-Flower's node waits for an answer for ever, and stays "online" while it does. And it stays without a connection for ever
-once a TLS handshake broke off, as it does where a firewall or a port forwarder answers for a coordinator that is down.
+Flower's node waits for an answer for ever, and stays "online" while it does.
 """
 
 import contextlib
@@ -20,9 +19,6 @@ from medfl.onsite.site_file import SiteFile
 LOST = 300.0  # s after which a request whose process is gone will get no answer any more
 LATE = 300.0  # s after its limit in which a request should have ended itself
 EVERY = 15.0  # s between two looks
-SEVERED, SILENT = b"handshake error", 30.0  # the last word of such a node in its log; s without another
-TAIL = 20_000  # bytes of a log
-LAUNCHER = "medfl.deployment.clientapp"
 
 
 @dataclass(frozen=True)
@@ -34,13 +30,15 @@ class Work:
     round: str
     since: float  # s since 1970
     pid: int
+    born: int  # when that process started: a number may come again
 
 
 def work_on(site: SiteFile, message: str, kind: str, number: str) -> None:
     """Note that this process works on a request."""
     site.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = site.busy.with_name(f".busy.{os.getpid()}")
-    draft.write_text(json.dumps(asdict(Work(message, kind, number, time.time(), os.getpid()))))
+    now = Work(message, kind, number, time.time(), os.getpid(), _born(os.getpid()))
+    draft.write_text(json.dumps(asdict(now)))
     draft.replace(site.busy)
 
 
@@ -67,47 +65,24 @@ def stuck(site: SiteFile) -> str:
     age = time.time() - now.since
     if age > site.limits.hours * 3600 + LATE:
         return f"a request took longer than limits.hours={site.limits.hours:g}"
-    if age > LOST and not _is_launcher(now.pid):
+    if age > LOST and _born(now.pid) != now.born:
         return "the process of a request ended without an answer"
     return ""
 
 
-def severed(log: Path) -> bool:
-    """Whether the node's log ends with a handshake that broke off."""
-    try:
-        if time.time() - log.stat().st_mtime < SILENT:
-            return False
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - TAIL))
-            lines = [line for line in file.read().splitlines() if line.strip()]
-    except OSError:
-        return False
-    return any(SEVERED in line for line in lines[-2:])
-
-
 def relieve(site: SiteFile, study_id: str) -> bool:
     """End a stuck node, which the supervisor starts again; returns whether it was stuck."""
-    folder = site.study(study_id)
-    if severed(folder.logs / "node.log") and (pid := _node(site, study_id)):
-        _end(pid, signal.SIGKILL)
-        reason = "a TLS handshake broke off, after which the node does not try again"
-        Audit(site.audit).write("node restarted", study=study_id, reason=reason)
-        return True
     reason, now = stuck(site), work(site)
     if not reason or now is None:
         return False
     Audit(site.audit).write("node restarted", study=study_id, reason=reason, request=now.kind, round=now.round)
     done(site)
-    if _is_launcher(now.pid):
+    if _born(now.pid) == now.born:
         _end(now.pid, signal.SIGKILL)
-    if pid := _node(site, study_id):
+    node = running_parts(site.study(study_id).pid).get("node", {})
+    if pid := int(str(node.get("pid") or 0)):
         _end(pid, signal.SIGTERM)
     return True
-
-
-def _node(site: SiteFile, study_id: str) -> int:
-    """The node's process; 0 where none runs."""
-    return int(str(running_parts(site.study(study_id).pid).get("node", {}).get("pid") or 0))
 
 
 @contextlib.contextmanager
@@ -138,12 +113,12 @@ def running_parts(pidfile: Path) -> dict[str, dict[str, object]]:
         return {}
 
 
-def _is_launcher(pid: int) -> bool:
-    """Whether this process still is the one that took the request: a number may come again."""
+def _born(pid: int) -> int:
+    """When a process started, in clock ticks since this machine did; 0 if there is none of this number."""
     try:
-        return LAUNCHER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def _end(pid: int, number: signal.Signals) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from medfl import checkpoint, export
 from medfl.enrolment import Enrolled, Federation, newcomers
 from medfl.errors import ConfigError
-from medfl.files import write_tensors
+from medfl.files import unpacked, write_tensors
 from medfl.layout import Tensors
 from medfl.rounds import join_codebooks, refresh, run_round, seed_codebooks, stop_if_collapsed
 from medfl.run_folder import Event, RunFolder
@@ -125,7 +124,7 @@ def adopt(federation: Federation, name: str, folder: Path, blueprint: Blueprint)
         DataError: its files do not belong together.
     """
     export.load_encoder(folder)  # checks the hash
-    tensors = {f"{export.PREFIX}{key}": tensor for key, tensor in load_file(folder / export.WEIGHTS).items()}
+    tensors = {f"{export.PREFIX}{key}": tensor for key, tensor in unpacked(folder / export.WEIGHTS).items()}
     wanted = {slot.name: slot.shape for slot in blueprint.sends.slots if slot.name.startswith(export.PREFIX)}
     odd = sorted(key for key, shape in wanted.items() if key not in tensors or tuple(tensors[key].shape) != shape)
     if odd:
@@ -169,10 +168,11 @@ def weights(folder: RunFolder, name: str, stage: str = "pretrain") -> Tensors:
     """
     Raises:
         ConfigError: the arm has not been trained.
+        DataError: its file is damaged.
     """
     if not finished(folder, name):
         raise ConfigError(f"arm '{name}' has no trained model in {folder.arm(name)}. Run the stage {stage} first.")
-    return load_file(folder.arm(name) / WEIGHTS)
+    return unpacked(folder.arm(name) / WEIGHTS)
 
 
 def starting_from(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> Blueprint:

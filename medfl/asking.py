@@ -35,7 +35,9 @@ def replies(grid: Grid, asked: Sequence[Message], deadline: float, *, most: int)
             came = False
             for name, place in list(waiting.items()):
                 for reply in _pulled(grid, name, asked[place], most):
-                    came = waiting.pop(name, None) is not None
+                    if waiting.pop(name, None) is None:
+                        break  # a second reply to the same message
+                    came = True
                     yield place, reply
                     point("after_one_reply")
             if time.monotonic() > end:

@@ -18,6 +18,7 @@ from medfl.faults import point
 from medfl.files import room_for, sync_folder, write_bytes, write_tensors
 
 Tensors = dict[str, Tensor]
+CHECK = "check"  # key of the hash over all other facts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def save(folder: Path, round: int, checkpoint: Checkpoint, *, keep: int) -> None
         digest = write_tensors(draft / "state.safetensors", checkpoint.tensors)
         point("during_checkpoint")
         facts = {**checkpoint.facts, "round": round, "sha256": digest}
+        facts[CHECK] = _digest(facts)
         write_bytes(draft / "state.json", json.dumps(facts, indent=1).encode())
         if target.exists():
             shutil.rmtree(target)
@@ -61,7 +63,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_saved(folder)):
         try:
             return _read(path), damaged
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             damaged.append(f"{path} is damaged ({error}); going back to the one before.")
     if damaged:
         raise DataError(f"no checkpoint under {folder} is whole: {damaged[0]} Remove the folder to start anew.")
@@ -73,7 +75,13 @@ def _read(path: Path) -> Checkpoint:
     content = (path / "state.safetensors").read_bytes()
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise ValueError("state.safetensors does not match its SHA-256")
+    if facts.pop(CHECK) != _digest(facts):
+        raise ValueError("state.json does not match its SHA-256")
     return Checkpoint(load(content), facts)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _saved(folder: Path) -> list[Path]:

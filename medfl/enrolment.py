@@ -124,14 +124,17 @@ def _unreached(reply: Message) -> bool:
 
 
 def newcomers(federation: Federation, known: set[int]) -> list[Enrolled]:
-    """Sites on nodes that are online and not in `known`; nobody waits for them. Every node is asked once.
+    """Sites on nodes that are online and not in `known`. Every node is asked until its site answers, or is silent.
 
     Args:
         known: nodes asked so far; the new ones are added.
     """
     nodes = sorted(set(federation.grid.get_node_ids()) - known)
-    known.update(nodes)
-    return _ask_who(federation, nodes)[0] if nodes else []
+    if not nodes:
+        return []
+    found, refused = _ask_who(federation, nodes)
+    known.update(set(nodes) - {node for node, reply, _ in refused if _unreached(reply)})
+    return found
 
 
 def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolled], list[tuple[int, Message, str]]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-from medfl.errors import ResourceError
+from medfl.errors import DataError, ResourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,11 +61,31 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     """Write safetensors atomically; returns the SHA-256 of the file."""
-    from safetensors.torch import save  # brings torch along, which commands about keys and files do without
-
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    content = packed(tensors)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def packed(tensors: "Mapping[str, Tensor]") -> bytes:
+    """Tensors as the bytes of a safetensors file."""
+    from safetensors.torch import save  # brings torch along, which commands about keys and files do without
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def unpacked(path: Path, content: bytes | None = None) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file, or of its `content` where that was read before.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes() if content is None else content)
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}). Restore it from a backup, or make it again.") from None
 
 
 def sha256(path: Path) -> str:

@@ -153,10 +153,17 @@ class RunFolder:
         write_bytes(file, json.dumps({"state": "finished", "error": "", "code": 0}).encode())
 
     def config(self) -> str:
-        """The study, with this folder as its place: a run may have been moved since it was made."""
-        study = yaml.safe_load((self.path / "config.yaml").read_text())
-        study.pop("provenance", None)
-        study["run"]["dir"] = str(self.path)
+        """The study, with this folder as its place: a run may have been moved since it was made.
+
+        Raises:
+            ConfigError: config.yaml is damaged.
+        """
+        try:
+            study = yaml.safe_load((self.path / "config.yaml").read_text())
+            study.pop("provenance", None)
+            study["run"]["dir"] = str(self.path)
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+            raise ConfigError(f"{self.path}/config.yaml is damaged. Restore it from a backup.") from None
         return yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
 
     def arm(self, arm: str) -> Path:
@@ -192,7 +199,10 @@ class RunFolder:
             return [row for row in csv.DictReader(lines) if row["stage"]]
 
     def evaluated(self, rows: Iterable[Evaluated]) -> None:
-        self._append_rows("evaluation.csv", EVALUATION, [asdict(row) for row in rows])
+        """All of these rows or, after a crash, none: a site that has one is not asked again."""
+        file = self.path / "evaluation.csv"
+        before = file.read_bytes() if file.exists() else _csv(EVALUATION, (), header=True).encode()
+        write_bytes(file, before + _csv(EVALUATION, [asdict(row) for row in rows], header=False).encode())
 
     def counted(self, rows: Iterable[Counted]) -> None:
         self._append("counts.jsonl", "".join(f"{json.dumps(asdict(row))}\n" for row in rows))

@@ -8,8 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
 from medfl import envelope
-from medfl.errors import CredentialError
-from medfl.provision.documents import registry
+from medfl.errors import ConfigError, CredentialError
+from medfl.provision.documents import JoinRequest, check_site, standing
 from medfl.provision.keys import load_signing_key
 
 HEAD = re.compile(r"[0-9]{1,12}:[0-9a-f]{64}")
@@ -18,7 +18,7 @@ KEY = Path("keys") / "study"  # in the coordinator's folder
 
 @dataclass(frozen=True)
 class Seals:
-    """The study's key, and the keys of the sites that are approved at this moment."""
+    """The study's key, and where the keys of its sites are."""
 
     key: Ed25519PrivateKey
     folder: Path  # the coordinator's
@@ -42,12 +42,21 @@ class Seals:
         Raises:
             CredentialError: the site is not approved, or its seal is of another key, content, order or time.
         """
-        if (partner := registry(self.folder).get(site)) is None:
-            raise CredentialError(f"'{site[:40]}' is not among the approved sites. Approve its request first.")
-        seal, _ = envelope.opened(record, partner.signing_key, "answer")
+        seal, _ = envelope.opened(record, self._partner(site).signing_key, "answer")
         del record[envelope.SEAL]
         if seal.answers != order:
             raise CredentialError("the answer is to another order (stale or replayed).")
         if not HEAD.fullmatch(seal.head):
             raise CredentialError("the answer says no head of its audit log. Install the same medfl release there.")
         return seal.head
+
+    def _partner(self, site: str) -> JoinRequest:
+        """What is approved of a site at this moment; the files of others do not matter."""
+        try:
+            check_site(site)
+            partner = standing(self.folder / "sites" / site)
+        except ConfigError as error:
+            raise CredentialError(f"'{site[:40]}' cannot be known: {error}") from None
+        if partner is None:
+            raise CredentialError(f"'{site}' is not among the approved sites. Approve its request first.")
+        return partner

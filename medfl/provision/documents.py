@@ -245,20 +245,24 @@ def now() -> str:
 
 
 def registry(folder: Path) -> dict[str, JoinRequest]:
-    """The sites of a coordinator's folder that are approved and not revoked, by name.
+    """The sites of a coordinator's folder that are approved and not revoked, by name; raises as `standing` does."""
+    places = sorted((folder / "sites").glob("*"))
+    return {place.name: request for place in places if (request := standing(place))}
+
+
+def standing(place: Path) -> JoinRequest | None:
+    """What is approved of the site with this folder at the coordinator; None where nothing is, or it is revoked.
 
     Raises:
         ConfigError: a request is damaged, or is not the one that was approved.
     """
-    return {
-        place.name: approved(place)
-        for place in sorted((folder / "sites").glob("*"))
-        if (place / "approved.json").is_file() and not (place / "revoked.json").exists()
-    }
+    if (place / "revoked.json").exists() or not (place / "approved.json").is_file():
+        return None
+    return approved(place)
 
 
 def approved(place: Path) -> JoinRequest:
-    """The request of one site's folder at the coordinator; raises as `registry` does."""
+    """The approved request of one site's folder at the coordinator; raises as `standing` does."""
     request = JoinRequest.read(place / "request.json")
     try:
         digest = json.loads((place / "approved.json").read_bytes())["request"]

@@ -1,6 +1,7 @@
 """kill -9 at any round, then the same command with resume=true: the same encoder, bit for bit."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 
 from medfl import checkpoint
 from medfl.errors import ConfigError, DataError
-from medfl.run_folder import Evaluated, Event, RunFolder
+from medfl.run_folder import WIRE, Evaluated, Event, RunFolder
+from medfl.state import SiteState
 from tests.federation.small import SMALL, digest, run, small_study
 
 pytestmark = pytest.mark.federation
@@ -23,14 +25,14 @@ ROUNDS = 4
 def test_a_line_that_a_crash_cut_short_goes_before_the_next_is_written(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write([Event("pretrain", "federated", 1, "", "loss/total", 0.5)])
-    folder.evaluated([Evaluated("federated", "site-1", "linear", "auc", "0.5")])
-    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "evaluation.csv")}
+    folder.wire([dict.fromkeys(WIRE, "1")])
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "wire.csv")}
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content + content[:20])
     folder.write([Event("pretrain", "federated", 2, "", "loss/total", 0.4)])
-    folder.evaluated([Evaluated("federated", "site-2", "linear", "auc", "0.6")])
+    folder.wire([dict.fromkeys(WIRE, "2")])
     assert [event["round"] for event in folder.events()] == [1, 2]
-    assert [row["site"] for row in folder.evaluations()] == ["site-1", "site-2"]
+    assert [row["site"] for row in folder.wire_rows()] == ["1", "2"]
     assert all((tmp_path / name).read_bytes().startswith(content) for name, content in whole.items())
 
 
@@ -105,14 +107,60 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(name: str, share: flo
     assert "round-0003 is damaged" in lines[0]
 
 
-def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_thousand_flipped_bits_and_every_truncation_are_noticed(name: str, tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    file, whole = tmp_path / "round-0002" / name, checkpoint.newest(tmp_path)[0]
+    content, draw = file.read_bytes(), random.Random(0)
+    damaged = [content[: len(content) * share // 100] for share in range(100)]
+    for _ in range(1000):
+        spoiled = bytearray(content)
+        spoiled[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        damaged.append(bytes(spoiled))
+    for spoiled in damaged:
+        file.write_bytes(spoiled)
+        found, lines = checkpoint.newest(tmp_path)
+        if spoiled.translate(None, b" \n\t\r") == content.translate(None, b" \n\t\r"):  # JSON may be spaced otherwise
+            assert found is not None
+            assert whole is not None
+            assert found.facts == whole.facts
+            continue
+        assert found is not None
+        assert found.facts["round"] == 1
+        assert "round-0002 is damaged" in lines[0]
+
+
+def test_without_a_whole_checkpoint_the_run_says_so(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    file = tmp_path / "round-0001" / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*SHA-256.*Remove the folder"):
+    (tmp_path / "round-0001" / "state.json").write_text("[]")
+    with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*Remove the folder"):
         checkpoint.newest(tmp_path)
+
+
+def test_a_damaged_state_of_a_site_is_never_gone_on_from(tmp_path: Path) -> None:
+    state = SiteState(tmp_path, "line", "site-1")
+    for number in (1, 2, 2):
+        state.save(number, {"queue": torch.full((100,), float(number))})
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert state.before(2)["queue"][0] == 1
+    (file,) = tmp_path.rglob("round-0002-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"round-0002-.* is damaged: its hash differs\. Remove it"):
+        state.before(3)
+
+
+def test_scores_of_a_site_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that has one row is not asked again."""
+    folder = RunFolder(tmp_path)
+    folder.evaluated([Evaluated("federated", "site-1", "linear", "auc", "0.5")])
+    before = (tmp_path / "evaluation.csv").read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.evaluated([Evaluated("federated", "site-2", "linear", m, "0.6") for m in ("auc", "accuracy")])
+    assert (tmp_path / "evaluation.csv").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.csv"]
 
 
 def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ __all__ = [
     "install_bundle",
     "limited",
     "new_run",
+    "patient",
     "run_client_app",
     "run_on_ray",
+    "run_supernode",
     "start_request",
     "take_identity",
     "task_commands",
@@ -176,6 +178,37 @@ def run_client_app(words: Sequence[str], guard: Guard) -> None:
         setattr(runtime, name, function)
     sys.argv = ["flwr-clientapp", *(word for word in words if word != "--allow-runtime-dependency-installation")]
     flwr_clientapp()
+
+
+def run_supernode(words: Sequence[str]) -> None:
+    """Flower's `flower-supernode`, which then gives up its connection for a wrong certificate alone.
+
+    Flower gives up for ever on any error whose text has "ssl" in it, and a proxy that starts again is enough for one.
+    """
+    from flwr.supernode import fleet_http_connection
+    from flwr.supernode.cli import flower_supernode
+
+    fleet: Any = fleet_http_connection
+    fleet.make_simple_http_retry_invoker = patient(fleet.make_simple_http_retry_invoker)
+    sys.argv = ["flower-supernode", *words]
+    flower_supernode()
+
+
+def patient(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A maker of retry invokers that go on after broken connections of every kind."""
+
+    def made() -> Any:
+        invoker = make()
+        gives_up = invoker.should_giveup
+
+        def hopeless(error: Exception) -> bool:
+            broken = isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
+            return not broken and gives_up(error)
+
+        invoker.should_giveup = hopeless
+        return invoker
+
+    return made
 
 
 def install_bundle(bundle: bytes, home: Path) -> Path:

@@ -4,16 +4,19 @@ import inspect
 from pathlib import Path
 
 import flwr
+import httpx
+import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.serverapp import Grid
 from flwr.simulation.run_simulation import _run_simulation
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+from flwr.supernode import fleet_http_connection
 from flwr.supernode.runtime import run_clientapp
 
 from medfl.carriers import InProcessGrid
-from medfl.flower_compat import identify_message, install_bundle, new_run, take_identity, task_commands
+from medfl.flower_compat import identify_message, install_bundle, new_run, patient, take_identity, task_commands
 
 
 def test_the_simulation_entry_point_keeps_its_parameters() -> None:
@@ -74,6 +77,19 @@ def test_a_superexec_starts_the_programs_that_a_site_replaces() -> None:
     assert task_commands()["flwr-clientapp"]
     assert not task_commands()["flwr-serverapp"]
     assert "TASK_TYPE_TO_COMMAND[spec.task_type]" in inspect.getsource(SubprocessExecutor.launch)
+
+
+@pytest.mark.parametrize(
+    ("error", "given_up"),
+    [
+        (httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"), False),
+        (httpx.RemoteProtocolError("TLS/SSL connection has been closed (EOF)"), False),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed"), True),
+    ],
+)
+def test_a_node_gives_up_for_a_wrong_certificate_alone(error: httpx.TransportError, given_up: bool) -> None:
+    assert fleet_http_connection.make_simple_http_retry_invoker().should_giveup(error)  # Flower itself: always
+    assert patient(fleet_http_connection.make_simple_http_retry_invoker)().should_giveup(error) is given_up
 
 
 def test_flower_is_a_version_that_was_tested() -> None:

@@ -139,6 +139,27 @@ def test_the_keeper_gives_up_only_without_progress(kept: tuple[Keeper, SuperLink
     assert not (keeper.state / wishes.REQUEST).exists()
 
 
+@pytest.mark.parametrize("code", [20, 30])
+def test_the_keeper_tries_again_where_sites_or_disk_may_be_back(kept: tuple[Keeper, SuperLink], code: int) -> None:
+    keeper, link = kept
+    wishes.ask_run(keeper.folder, "")
+    for attempt in range(1, FRUITLESS + 1):
+        assert tick(keeper)["run"]["count"] == attempt
+        (keeper.folder / "run").mkdir(exist_ok=True)
+        told = {"state": "failed", "error": "no sites", "code": code}
+        (keeper.folder / "run" / "outcome.json").write_text(json.dumps(told))
+        link.end("failed")
+        facts = tick(keeper)["run"]
+        assert (facts["state"], facts["error"], facts["count"]) == ("requested", "no sites", attempt)
+        before, keeper.asked = keeper.next_try, float("-inf")
+        keeper.tick()
+        assert len(link.submitted) == attempt  # it waits first
+        assert before > 0
+    facts = tick(keeper)["run"]
+    assert (facts["state"], facts["code"]) == ("gave up", code)
+    assert "(no sites)" in facts["error"]
+
+
 def test_the_keeper_stops_a_run_when_asked(kept: tuple[Keeper, SuperLink]) -> None:
     keeper, link = kept
     wishes.ask_run(keeper.folder, "pretrain")

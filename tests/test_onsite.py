@@ -104,9 +104,10 @@ def test_init_makes_private_keys_and_a_request_without_secrets(place: SiteFile, 
     for path in private[:3]:
         for line in path.read_bytes().splitlines():
             assert line.startswith(b"-----") or line not in sent
-    columns = {"image": "File", "label": "Class", "patient": "Patient ID", "split": None}
+    columns = {"image": "File", "label": "Class", "patient": "Patient ID"}  # the study's own `split` stays
     assert place.data_set("default") == {"root": str(tmp_path / "images"), "datalist": "list.csv", **columns}
     assert all("#" in line for line in place.path.read_text().splitlines() if line)
+    assert "    # split:  " in place.path.read_text()
     before = {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="not overwritten"):
         command(["init", str(place.folder), "--yes"])
@@ -381,15 +382,19 @@ def test_a_study_whose_approval_ended_is_refused_and_recorded(joined: SiteFile) 
 
 
 def test_a_node_is_stuck_when_its_request_is_too_old_or_lost(joined: SiteFile) -> None:
-    assert not site_watch.stuck(joined)
-    assert not site_watch.relieve(joined, STUDY)
+    gone: dict[str, float] = {}
+    assert not site_watch.stuck(joined, gone)
+    assert not site_watch.relieve(joined, STUDY, gone)
     site_watch.work_on(joined, "m-1", "train.pretrain", "2")
-    assert not site_watch.stuck(joined)
+    assert not site_watch.stuck(joined, gone)
     tree = json.loads(joined.busy.read_text()) | {"born": 1}  # the number is another process's by now
-    for age, reason in ((site_watch.LOST + 1, "without an answer"), (13 * 3600.0, "limits.hours=12")):
-        joined.busy.write_text(json.dumps({**tree, "since": time.time() - age}))
-        assert reason in site_watch.stuck(joined)
-    assert site_watch.relieve(joined, STUDY)
+    joined.busy.write_text(json.dumps({**tree, "since": time.time() - 13 * 3600.0}))
+    assert "limits.hours=12" in site_watch.stuck(joined, gone)
+    joined.busy.write_text(json.dumps({**tree, "since": time.time() - 2 * site_watch.LOST}))
+    assert not site_watch.stuck(joined, gone)  # Flower may still answer for it
+    gone["m-1"] -= site_watch.LOST + 1
+    assert "without an answer" in site_watch.stuck(joined, gone)
+    assert site_watch.relieve(joined, STUDY, gone)
     assert not joined.busy.exists()
     entry = list(Audit(joined.audit).entries())[-1]
     assert (entry["what"], entry["round"]) == ("node restarted", "2")

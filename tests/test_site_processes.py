@@ -61,14 +61,30 @@ def test_what_is_loaded_beforehand_touches_no_device_and_starts_no_thread() -> N
     assert done.stdout == "1 True True\n", done.stderr
 
 
-@pytest.mark.parametrize(("last", "lost"), [("SSL/TLS handshake error detected.", True), ("SuperNode ID: 1", False)])
-def test_a_node_whose_handshake_broke_off_is_ended(last: str, lost: bool) -> None:
-    """Flower explains such an error in a further line, and says nothing more."""
-    script = f"print({last!r}, flush=True); print('an explanation', flush=True); import time; time.sleep(4)"
+SEVERED = """\
+WARNING :   Connection attempt failed, retrying in 0.30 seconds
+ERROR :     SSL/TLS handshake error detected.
+WARNING :   Giving up reconnection after 0.35 seconds and 2 tries.
+ERROR :     [SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol (_ssl.c:1006)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (SEVERED, True),
+        ("INFO :      Sending: train.pretrain message (ID: 1)\n", True),
+        ("INFO :      Sending: train.pretrain message (ID: 1)\nINFO :      Sent successfully\n", False),
+        (f"{SEVERED}INFO :      Sent successfully\nINFO :\nINFO :      Received\nINFO : \n", False),
+    ],
+)
+def test_a_node_that_hangs_is_ended(said: str, lost: bool) -> None:
+    """What Flower says before it does, and nothing more for ever."""
+    script = f"print({said!r}, end='', flush=True); import time; time.sleep(4)"
     words = f"import sys; from medfl.deployment import tended; sys.exit(tended.run({[sys.executable, '-c', script]!r}"
-    ended = f"{words}, sys.stdout.buffer, silent=1.0))"
+    ended = f"{words}, sys.stdout.buffer, hurry=2000.0))"
     done = subprocess.run([sys.executable, "-c", ended], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith(f"{last}\nan explanation\n")
+    assert done.stdout.startswith(said)
     assert done.returncode == (20 if lost else 0)
 
 

@@ -21,7 +21,7 @@ from medfl.deployment.processes import Say, claimed
 from medfl.deployment.programs import write_facts
 from medfl.deployment.status import LINK, RUN
 from medfl.deployment.wishes import REQUEST, STOP, invitation_of
-from medfl.errors import CredentialError, MedflError, NetworkError
+from medfl.errors import CredentialError, MedflError, NetworkError, ResourceError
 from medfl.files import write_bytes
 from medfl.provision.documents import JoinRequest, approved, last_day, now, today
 from medfl.provision.study_file import StudyFile
@@ -32,6 +32,10 @@ TICK = 2.0  # s between two status files
 ASK_EVERY = 4.0  # s between two questions to the SuperLink
 FRUITLESS = 5  # attempts without a new checkpoint before the keeper gives up
 LINGER = 35.0  # s in which a stopped ServerApp may still work: until its next heartbeat
+PASSING, WAIT = (
+    (NetworkError.exit_code, ResourceError.exit_code),
+    60.0,
+)  # errors that may pass; s until the next attempt
 PAUSE = 5.0  # s for every fruitless attempt before the next one
 DONE = ("none", "finished", "failed", "stopped", "gave up")
 
@@ -172,23 +176,28 @@ class Keeper:
         """No attempt lives: it ended by itself, was stopped, or was killed and is submitted again."""
         last = next((run for run in runs if run.id == self.attempts.run), None)
         outcome = _json(self.folder / "run" / OUTCOME) if self.attempts.count else None
-        if outcome:
+        if outcome and int(outcome["code"]) not in PASSING:
             self._close(str(outcome["state"]), str(outcome["error"]), int(outcome["code"]))
         elif last and last.ended == "stopped":
             self._close("stopped", "", 0)
+        elif outcome and self.attempts.state == "running":  # sites may be back, or the disk have room, in a minute
+            self.next_try = time.monotonic() + WAIT
+            self._set(replace(self.attempts, state="requested", error=str(outcome["error"]), since=now()))
+            self.say(f"the attempt {outcome['state']}, the next one is in {WAIT:.0f} s: {outcome['error']}")
         elif time.monotonic() >= self.next_try:
             self._submit(request, last)
 
     def _submit(self, request: Mapping[str, Any], last: FlowerRun | None) -> None:
         found = _checkpoints(self.folder / "run")
         fruitless = self.attempts.fruitless + 1 if found == self.attempts.checkpoints and self.attempts.count else 0
-        why = (last.details if last else "") or "it was killed"
+        outcome = _json(self.folder / "run" / OUTCOME) or {}
+        why = str(outcome.get("error", "")) or (last.details if last else "") or "it was killed"
         if fruitless >= FRUITLESS:
             text = (
                 f"{fruitless} attempts ended without a new checkpoint ({why}). Read what the last one said: "
                 f"FLWR_HOME={self.state}/home flwr log {self.attempts.run} {CONNECTION} --show"
             )
-            self._close("gave up", text, NetworkError.exit_code)
+            self._close("gave up", text, int(outcome.get("code", NetworkError.exit_code)))
             return
         if today() > last_day(self.study.until):
             text = f"the study ended on {self.study.until}. Start a new one, or change nothing."
@@ -196,11 +205,14 @@ class Keeper:
             return
         invitation = invitation_of(self.folder)
         asked: dict[str, str | int] = {"study": invitation.config, "stages": str(request["stages"])}
+        (self.folder / "run" / OUTCOME).unlink(missing_ok=True)
         run = self.control.start(invitation.app, asked | {"sites": self.study.sites, "root": str(self.folder)})
         self.next_try = time.monotonic() + PAUSE * (fruitless + 1)
         count = self.attempts.count + 1
         text = f" ({why}; going on from the last checkpoint)" if count > 1 else ""
-        again = replace(self.attempts, state="running", run=run, count=count, fruitless=fruitless, checkpoints=found)
+        again = replace(
+            self.attempts, state="running", run=run, count=count, fruitless=fruitless, checkpoints=found, error=""
+        )
         self._set(replace(again, since=now()))
         self.say(f"submitted the run, attempt {count}{text}")
 

@@ -12,7 +12,8 @@ LISTEN = "MEDFL_LISTEN"  # the address that the public port listens on
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 # Half-open connections end after client_header_timeout. A request is read whole before the SuperLink sees it, so slow
-# ones never hold a connection there. 503 is what Flower's client tries again after.
+# ones never hold a connection there. 503 is what Flower's client tries again after; any other error, as of a full disk
+# or a link that starts again, would end its heartbeats for good.
 TEMPLATE = """\
 # Written by medfl study up. Changes are overwritten.
 {user}daemon off;
@@ -77,7 +78,10 @@ http {{
       proxy_buffers 16 64k;
       proxy_max_temp_file_size 64m;
       proxy_next_upstream off;
+      proxy_intercept_errors on;
+      error_page 500 502 504 =503 /again;
     }}
+    location = /again {{ internal; return 503; }}
     location = /health {{ access_log off; default_type text/plain; return 200 "ok\\n"; }}
     location / {{ return 403; }}
   }}

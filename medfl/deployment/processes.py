@@ -106,13 +106,22 @@ def supervise(processes: Sequence[Process], pidfile: Path, say: Say = print, *, 
     Raises:
         ResourceError: another process supervises with this pid file.
     """
+
+    def told(text: str) -> None:
+        with contextlib.suppress(OSError):
+            say(text)
+
     with claimed(pidfile), _stopping() as stop:
         children = [_Child(process) for process in processes]
         try:
+            stale = False
             while not stop:
-                changed = [_tend(child, say) for child in children]
-                if any(changed):
-                    write_facts(pidfile.with_suffix(".json"), {c.process.name: c.facts for c in children})
+                for child in children:
+                    stale |= _tend(child, told)
+                if stale:
+                    with contextlib.suppress(OSError):  # a full disk ends nothing that runs
+                        write_facts(pidfile.with_suffix(".json"), {c.process.name: c.facts for c in children})
+                        stale = False
                 time.sleep(TICK)
         finally:
             _end(children, grace)

@@ -1,5 +1,6 @@
 """What every program of a study needs: its place, its environment, its log; and how to see that it works."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,10 +58,12 @@ def answers(address: str, seconds: float = 5.0) -> bool:
 
 
 def rotate(log: Path) -> None:
-    """Copy a large log to <name>.1 and empty it; a program that appends to it goes on at its new start."""
-    if log.exists() and log.stat().st_size > LARGEST_LOG:
-        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-        os.truncate(log, 0)
+    """Copy a large log to <name>.1, if there is room, and empty it; a program that appends to it goes on there."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LARGEST_LOG:
+            with contextlib.suppress(OSError):
+                shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
 
 
 def write_facts(path: Path, facts: object) -> None:

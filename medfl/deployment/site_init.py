@@ -17,12 +17,12 @@ from medfl.provision.keys import load_signing_key, new_node_key, new_secret, new
 
 COLUMNS = {  # key of a data set -> names of columns that mean it
     "image": ("image", "image_path", "path", "file", "filename", "file_name", "filepath"),
-    "label": ("label", "class", "diagnosis", "target", "category"),
+    "label": ("label", "class", "finding", "diagnosis", "target", "category"),
     "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "case", "case_id"),
     "split": ("split", "fold", "set", "partition"),
     "mask": ("mask", "mask_path", "segmentation", "seg", "label_map"),
 }
-NO_COLUMN = "null"
+NOT_SEEN = "no such column was seen: as the study says, until this line has a column's name or null"
 RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 TEMPLATE = """\
 # What this site decides. Nothing that a study sends can change it. Check it with: medfl site check
@@ -144,7 +144,7 @@ def text_of(answers: Answers) -> str:
     if found.get("image") or not found:
         found = {"image": "image"} | found
     columns = [
-        _line(f"    {key}: {_yaml(found[key]) if key in found else NO_COLUMN}", COMMENTS[key])
+        _line(f"    {key}: {_yaml(found[key])}", COMMENTS[key]) if key in found else _line(f"    # {key}:", NOT_SEEN)
         for key in COLUMNS
         if key in found or key in ("label", "patient", "split")
     ]

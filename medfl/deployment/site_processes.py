@@ -37,7 +37,7 @@ def node(site: SiteFile, study_id: str) -> tuple[list[str], dict[str, str]]:
     _, invitation = approval_of(site, study_id)
     words = [
         *(sys.executable, "-P", "-m", "medfl.deployment.tended"),
-        program("flower-supernode"),
+        *(sys.executable, "-P", "-m", "medfl.deployment.node", program("flower-supernode")),
         *("--root-certificates", str(site.study(study_id).authority)),
         *("--superlink", at(invitation.address, invitation.port)),
         *("--auth-supernode-private-key", str(private(site.node_key))),

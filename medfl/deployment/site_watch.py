@@ -1,6 +1,6 @@
 """What a site works on, and the watchdog: a node whose request takes too long, or was lost, is started again.
 
-Flower's node waits for an answer for ever, and stays "online" while it does.
+Flower's node waits for an answer for ever, most of all for the rest of one whose process ended while it sent it.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from medfl.onsite.audit import Audit
 from medfl.onsite.site_file import SiteFile
 
-LOST = 300.0  # s after which a request whose process is gone will get no answer any more
+LOST = 90.0  # s after the end of a request's process in which Flower may still answer in its place
 LATE = 300.0  # s after its limit in which a request should have ended itself
 EVERY = 15.0  # s between two looks
 
@@ -57,22 +57,25 @@ def work(site: SiteFile) -> Work | None:
         return None
 
 
-def stuck(site: SiteFile) -> str:
-    """Why the node needs a restart, or ""."""
+def stuck(site: SiteFile, gone: dict[str, float]) -> str:
+    """Why the node needs a restart, or "".
+
+    Args:
+        gone: request -> when its process was first seen to have ended; kept between two looks.
+    """
     now = work(site)
     if now is None:
         return ""
-    age = time.time() - now.since
-    if age > site.limits.hours * 3600 + LATE:
+    if time.time() - now.since > site.limits.hours * 3600 + LATE:
         return f"a request took longer than limits.hours={site.limits.hours:g}"
-    if age > LOST and _born(now.pid) != now.born:
+    if _born(now.pid) != now.born and time.time() - gone.setdefault(now.message, time.time()) > LOST:
         return "the process of a request ended without an answer"
     return ""
 
 
-def relieve(site: SiteFile, study_id: str) -> bool:
+def relieve(site: SiteFile, study_id: str, gone: dict[str, float]) -> bool:
     """End a stuck node, which the supervisor starts again; returns whether it was stuck."""
-    reason, now = stuck(site), work(site)
+    reason, now = stuck(site, gone), work(site)
     if not reason or now is None:
         return False
     Audit(site.audit).write("node restarted", study=study_id, reason=reason, request=now.kind, round=now.round)
@@ -88,12 +91,12 @@ def relieve(site: SiteFile, study_id: str) -> bool:
 @contextlib.contextmanager
 def watched(site: SiteFile, study_id: str, every: float = EVERY) -> Iterator[None]:
     """Look after the node as long as the block runs."""
-    ended = threading.Event()
+    ended, gone = threading.Event(), dict[str, float]()
 
     def look() -> None:
         while not ended.wait(every):
             with contextlib.suppress(Exception):  # a full disk, say, must not end the watch
-                relieve(site, study_id)
+                relieve(site, study_id, gone)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

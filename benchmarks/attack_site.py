@@ -13,12 +13,11 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from attack_replies import PATCH, kinds
-from fault_rig import Rig, processes
+from fault_rig import Rig, patched, processes
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -31,7 +30,6 @@ from tests.deployment.real import MEDFL, SITES, wait_until
 from tests.federation.real import datalist
 from tests.test_dicom import bare
 
-HERE = Path(__file__).resolve().parent
 Count = tuple[int, int]  # tried, accepted
 RECORD = """
 import sys
@@ -46,21 +44,6 @@ if "flower-supernode" in " ".join(sys.orig_argv) and "tended" not in " ".join(sy
         return plain(self, request, **given)
     httpx.Client.send = send
 """
-
-
-@contextlib.contextmanager
-def patched(rig: Rig, site: str, text: str) -> Iterator[None]:
-    """A site's Python runs some lines first."""
-    place = rig.study.folder / f"patch-{site}"
-    place.mkdir(exist_ok=True)
-    (place / "sitecustomize.py").write_text(text)
-    rig.leave(site)
-    rig.join(site, PYTHONPATH=os.pathsep.join(map(str, (place, HERE, HERE.parent))))
-    try:
-        yield
-    finally:
-        rig.leave(site)
-        rig.join(site)
 
 
 def replies(rig: Rig) -> tuple[int, int, str]:

@@ -7,11 +7,11 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fault_rig import ENROL, HANG, LAST, ROUNDS, Rig, kill, kill_everything, processes
+from fault_rig import ENROL, HANG, LAST, ROUNDS, Rig, kill, kill_everything, patched, processes
 
 from medfl import checkpoint
 from medfl.deployment.processes import running
@@ -273,33 +273,18 @@ if "medfl.deployment.warm" in " ".join(sys.orig_argv) and "flower-superexec" in 
 }
 
 
-@contextlib.contextmanager
-def patched(rig: Rig, kind: str) -> Iterator[None]:
-    """Beta's Python runs some lines first."""
-    place = rig.study.folder / f"patch-{kind}"
-    place.mkdir(exist_ok=True)
-    (place / "sitecustomize.py").write_text(PATCHED[kind])
-    rig.leave("beta")
-    rig.join("beta", PYTHONPATH=str(place))
-    try:
-        yield
-    finally:
-        rig.leave("beta")
-        rig.join("beta")
-
-
 def delivered_twice(rig: Rig) -> Act:
     """Every message that a site sends to the coordinator, and every part of it, is sent twice."""
-    with patched(rig, "twice"):
+    with patched(rig, "beta", PATCHED["twice"]):
         yield None
         yield None
 
 
 def half_sent(rig: Rig) -> Act:
     """A site's process of a request is killed between two parts of its answer: its node waits for the rest."""
-    with patched(rig, "half"):
+    with patched(rig, "beta", PATCHED["half"]) as place:
         yield None
-        wait_until((rig.study.folder / "patch-half" / "done").exists, HANG, "half an answer")
+        wait_until((place / "done").exists, HANG, "half an answer")
         began = time.monotonic()
         record = rig.places["beta"] / "audit.jsonl"
         wait_until(lambda: '"what":"node restarted"' in record.read_text(), 200, "the watchdog")
@@ -308,7 +293,7 @@ def half_sent(rig: Rig) -> Act:
 
 def nan_loss(rig: Rig) -> Act:
     """Every loss at a site is NaN: it says so, nothing of it counts, the others go on."""
-    with patched(rig, "nan"):
+    with patched(rig, "beta", PATCHED["nan"]):
         yield None
         yield None
         lines = (rig.places["beta"] / "audit.jsonl").read_text().splitlines()
@@ -358,7 +343,7 @@ def _fill(file: Path) -> None:
 def faults() -> dict[str, Fault]:
     """By the name that --only takes."""
     term, killed, runner = signal.SIGTERM, signal.SIGKILL, "flower-superexec --insecure"
-    anybody = frozenset((site, number) for site in SITES for number in (2, 3, LAST))
+    anybody = frozenset((site, number) for site in SITES for number in WHOLE_RUN)
     slow = (f"rounds.deadline={DEADLINE:g}",)
     beta = _of("beta", (2, 3, LAST))
     found = {
@@ -396,7 +381,7 @@ def faults() -> dict[str, Fault]:
                        study=slow),
         "nan": Fault("NaN at a site", "every loss", nan_loss, _of("beta", (1, 2, 3)), _of("beta", (1, 2, 3))),
         "empty": Fault("empty data set", "at a site", no_data, _of("beta", WHOLE_RUN), _of("beta", WHOLE_RUN)),
-        "disk-lead": Fault("disk full", "at the coordinator", disk_full("lead"), small_disks=True),
+        "disk-lead": Fault("disk full", "at the coordinator", disk_full("lead"), anybody, small_disks=True),
         "disk-site": Fault("disk full", "at a site", disk_full("beta"), beta, _of("beta", (2,)), small_disks=True),
     }  # fmt: skip
     return found

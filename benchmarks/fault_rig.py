@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.deployment.real import SITES, Loopback, wait_until
 from tests.federation.real import SMALL
 from tests.federation.small import digest
 
+HERE = Path(__file__).resolve().parent
 ROUNDS = 3
 STUDY = ("stages=[pretrain]", "arms=[federated]")
 HANG = 420.0  # s after which a run counts as hanging
@@ -174,6 +175,21 @@ class Rig:
         asked: dict[str, str | int] = {"study": study.source, "stages": "pretrain", "sites": len(SITES) + 1}
         server(Losing(client, len(SITES) + 1), Context(1, 1, {}, RecordDict(), dict(asked)))
         return digest(folder / "encoder.safetensors")
+
+
+@contextlib.contextmanager
+def patched(rig: Rig, site: str, text: str) -> Iterator[Path]:
+    """A site's Python runs some lines first; the folder that they are in."""
+    place = rig.study.folder / f"patch-{site}"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(text)
+    rig.leave(site)
+    rig.join(site, PYTHONPATH=os.pathsep.join(map(str, (place, HERE, HERE.parent))))
+    try:
+        yield place
+    finally:
+        rig.leave(site)
+        rig.join(site)
 
 
 def processes(of: Path, program: str = "") -> list[int]:

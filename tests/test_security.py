@@ -287,17 +287,15 @@ BOMBS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_no_allocation_bomb_takes_memory_or_time(kind: str) -> None:
+def test_no_allocation_bomb_takes_memory(kind: str) -> None:
     record = honest().to_record()
     BOMBS[kind](record)
     message = reply(record)
     tracemalloc.start()
-    began = time.process_time()
     try:
         with pytest.raises(ReplyRefused) as caught:
             admit(message, expected())
         assert tracemalloc.get_traced_memory()[1] < 64e6
-        assert time.process_time() - began < 5.0  # of a loaded machine, with every allocation traced
     finally:
         tracemalloc.stop()
     assert len(str(caught.value)) < 1000

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from medfl.errors import DataError
 from medfl.faults import point
-from medfl.files import room_for, sync_folder, write_bytes, write_tensors
+from medfl.files import room_for, sync_folder, unpacked, write_bytes, write_tensors
 
 Tensors = dict[str, Tensor]
 CHECK = "check"  # key of the hash over all other facts
@@ -63,7 +61,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_saved(folder)):
         try:
             return _read(path), damaged
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             damaged.append(f"{path} is damaged ({error}); going back to the one before.")
     if damaged:
         raise DataError(f"no checkpoint under {folder} is whole: {damaged[0]} Remove the folder to start anew.")
@@ -77,7 +75,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("state.safetensors does not match its SHA-256")
     if facts.pop(CHECK) != _digest(facts):
         raise ValueError("state.json does not match its SHA-256")
-    return Checkpoint(load(content), facts)
+    return Checkpoint(unpacked(path / "state.safetensors", content), facts)
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -32,10 +32,8 @@ TICK = 2.0  # s between two status files
 ASK_EVERY = 4.0  # s between two questions to the SuperLink
 FRUITLESS = 5  # attempts without a new checkpoint before the keeper gives up
 LINGER = 35.0  # s in which a stopped ServerApp may still work: until its next heartbeat
-PASSING, WAIT = (
-    (NetworkError.exit_code, ResourceError.exit_code),
-    60.0,
-)  # errors that may pass; s until the next attempt
+PASSING = (NetworkError.exit_code, ResourceError.exit_code)  # of errors that may pass
+WAIT = 60.0  # s after such an error
 PAUSE = 5.0  # s for every fruitless attempt before the next one
 DONE = ("none", "finished", "failed", "stopped", "gave up")
 

@@ -102,7 +102,7 @@ def coordinator_killed(damage: Callable[[Path], None] | None = None) -> Callable
         kill_everything(rig.lead)
         claim = rig.lead / "state" / "up.pid"  # a process that is ending has no name any more
         wait_until(lambda: not processes(rig.lead) and not running(claim), 30, "the end of all processes")
-        newest = checkpoint._saved(rig.run / "checkpoints")[-1]
+        newest = checkpoint.saved(rig.run / "checkpoints")[-1]
         if damage:
             damage(newest / "state.safetensors")
         began = time.monotonic()

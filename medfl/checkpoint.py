@@ -47,7 +47,7 @@ def save(folder: Path, round: int, checkpoint: Checkpoint, *, keep: int) -> None
         draft.rename(target)
         point("after_rename")
         sync_folder(folder)
-    for old in _saved(folder)[:-keep]:
+    for old in saved(folder)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -58,7 +58,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         DataError: checkpoints are there, and none is whole.
     """
     damaged: list[str] = []
-    for path in reversed(_saved(folder)):
+    for path in reversed(saved(folder)):
         try:
             return _read(path), damaged
         except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as error:
@@ -82,7 +82,8 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _saved(folder: Path) -> list[Path]:
+def saved(folder: Path) -> list[Path]:
+    """Where the checkpoints under `folder` are, oldest first."""
     return sorted(path for path in folder.glob("round-*") if path.is_dir())
 
 

@@ -431,6 +431,19 @@ def test_egress_status_and_the_record(joined: SiteFile, capsys: pytest.CaptureFi
     assert "nothing was joined" in capsys.readouterr().out
 
 
+def test_the_status_names_a_request_that_failed_until_one_succeeds(
+    joined: SiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_status, "answers", lambda *_, **__: True)  # the node runs as a service
+    record = Audit(joined.audit)
+    record.write("refused", stage="pretrain", code=10, reason="DataError: 3 images cannot be read.", ticket="1")
+    found = site_status.status(joined, " --site X")["next"]
+    assert "DataError: 3 images cannot be read." in found
+    assert "medfl site check --site X" in found
+    record.write("answer", study=STUDY, stage="pretrain", arm="federated", round=1, arrays=[], metrics=[], bytes=0)
+    assert "failed" not in site_status.status(joined)["next"]
+
+
 @pytest.mark.parametrize(
     ("sign", "state"),
     [

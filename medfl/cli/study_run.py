@@ -98,10 +98,15 @@ def _wait(folder: Path, request: str) -> None:
     Raises:
         MedflError: the run failed, with its exit code.
     """
+    shown: list[str] = []
     while True:
-        facts = status.read(folder)["run"]
+        whole = status.read(folder)
+        facts, lines = whole["run"], _run_lines(whole)
         if facts.get("request") == request and facts["state"] in keeper.DONE:
             break
+        if facts.get("request") == request and lines != shown:
+            print(*(line for line in lines if line not in shown), sep="\n", flush=True)
+            shown = lines
         time.sleep(POLL)
     if facts["state"] != "finished":
         failure = type("RunFailed", (MedflError,), {"exit_code": facts["code"] or NetworkError.exit_code})

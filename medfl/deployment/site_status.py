@@ -45,7 +45,7 @@ def status(site: SiteFile, where: str = "") -> dict[str, Any]:
         "studies": studies,
         "working_on": None if now is None else asdict(now) | {"since": _time(now.since)},
         "audit": {"head": f"{number}:{digest}", "last": entries[-SHOWN:]},
-        "next": _next(site, studies, where),
+        "next": _next(site, studies, entries, where),
     }
 
 
@@ -116,7 +116,7 @@ def egress(site: SiteFile, study_id: str | None) -> dict[str, Any]:
     }
 
 
-def _next(site: SiteFile, studies: list[dict[str, Any]], where: str) -> str:
+def _next(site: SiteFile, studies: list[dict[str, Any]], entries: Iterable[Entry], where: str) -> str:
     if not site.request.exists():
         return f"{site.request} is missing; restore it, or make a new folder: medfl site init NEW-FOLDER"
     if not studies:
@@ -126,10 +126,18 @@ def _next(site: SiteFile, studies: list[dict[str, Any]], where: str) -> str:
         return f"review and approve the study again: medfl site review INVITATION{where}"
     if not first["process"] and first["state"] != SERVED:
         return f"medfl site join {first['study']} --background{where}"
+    if first["connected"] is not False and (refused := _refused(entries)):
+        return f"the last request failed here: {refused} Then: medfl site check{where}"
     hint = HINTS.get(
         first["state"], "nothing: the study lead starts the rounds. See what left: medfl site egress{where}"
     )
     return hint.format(where=where)
+
+
+def _refused(entries: Iterable[Entry]) -> str:
+    """Why the last request got no answer, or "" where it got one."""
+    done = [entry for entry in entries if entry.get("what") in ("answer", "refused")]
+    return str(done[-1].get("reason")) if done and done[-1]["what"] == "refused" else ""
 
 
 def _time(seconds: float) -> str:

@@ -20,8 +20,9 @@ from medfl.layout import Layout
 from medfl.messages import Answer, Broadcast, Order
 from medfl.onsite import policy
 from medfl.onsite.approvals import Approval, approval_of
-from medfl.onsite.audit import Audit
+from medfl.onsite.audit import Audit, parse_head
 from medfl.onsite.site_file import SiteFile
+from medfl.privacy.ledger import Ledger
 from medfl.provision.keys import load_signing_key
 
 SITE_FILE, PARTITION = "site-file", "partition-id"  # keys of a node's configuration
@@ -47,6 +48,7 @@ def admit(message: Message, context: Context) -> Admitted:
         VersionError: another release sent it.
         PolicyError: the study is not approved here, differs from the approved one, or asks what the policy forbids.
         CredentialError: the order is not sealed by the study lead, or is of another time.
+        PrivacyError: the record of what was spent of the patients' privacy was cut or changed.
         ConfigError: a node that says neither its place in a simulation nor its site file.
     """
     kind = message.metadata.message_type.partition(".")[2]
@@ -62,6 +64,8 @@ def admit(message: Message, context: Context) -> Admitted:
     _, digest = envelope.opened(message.content, invitation.study_key, "order")
     broadcast = Broadcast.from_record(message.content)
     _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
+    if received["privacy"]["mechanism"] != "none":
+        _check_ledger(site)
     local = localized(received, site, approval)
     return Admitted(broadcast, kind, local, 0, site, approval.study_id, digest)
 
@@ -91,8 +95,18 @@ def _check(order: Order, received: dict[str, Any], approved: dict[str, Any], sit
         raise PolicyError(f"round {order.round} of {order.rounds}: the approved study has {count}.")
 
 
+def _check_ledger(site: SiteFile) -> None:
+    """The ledger still has the line that the audit log noted with the last answer: nobody took ε back.
+
+    Raises:
+        PrivacyError: it has not.
+    """
+    noted = [str(entry["ledger"]) for entry in Audit(site.audit).entries() if entry.get("ledger")]
+    Ledger.of(site.state, site.site).releases(parse_head(noted[-1]) if noted else None)
+
+
 def localized(received: dict[str, Any], site: SiteFile, approval: Approval) -> str:
-    """The study as this site runs it: its own data, state and device take the place of what was received.
+    """The study as this site runs it: its own data, state, device and privacy limits take the received ones' place.
 
     Raises:
         PolicyError: a data set that site.yaml no longer has.
@@ -106,6 +120,7 @@ def localized(received: dict[str, Any], site: SiteFile, approval: Approval) -> s
         "_target_": "medfl.data.single.Single", "name": site.site, "held_out": held_out,
         "min_images": site.policy.least_images,
     }  # fmt: skip
+    tree["privacy"] = policy.private(received, site.policy)
     threads = received["training"]["threads"] if site.threads is None else site.threads
     tree["training"] = {**received["training"], "device": site.device, "threads": threads}
     tree["run"] = {**received["run"], "dir": str(site.state), "state_dir": str(site.state)}
@@ -126,11 +141,12 @@ def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
     order, size = admitted.broadcast.order, sum(array.nbytes for array in answer.flat.values())
     if size > site.policy.most_bytes:
         raise PolicyError(f"the answer has {size} bytes, policy.most_bytes allows {site.policy.most_bytes}.")
-    key = _key(site.signing_key)
+    key, ledger = _key(site.signing_key), Ledger.of(site.state, site.site)
+    spent = {"ledger": "{}:{}".format(*ledger.head())} if ledger.path.exists() else {}
     number, hash_ = Audit(site.audit).write(
         "answer", study=admitted.study_id, stage=admitted.kind, arm=order.arm, round=order.round,
         bytes=size + 8 * len(answer.metrics), arrays=egress.contents(layout), metrics=sorted(answer.metrics),
-        facts=sorted(answer.facts), order=admitted.order_digest,
+        facts=sorted(answer.facts), order=admitted.order_digest, **spent,
     )  # fmt: skip
     now = envelope.now()
     seal = envelope.Seal("answer", now, now + ANSWER_WITHIN, admitted.order_digest, f"{number}:{hash_}")

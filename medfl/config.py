@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
+from medfl.derived import converted
 from medfl.errors import ConfigError
-from medfl.study import Evaluation, Finetune, Node, Rounds, Study, Synthesis, Training
+from medfl.study import Evaluation, Finetune, Node, Privacy, Rounds, Study, Synthesis, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = (
     *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
-    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune"),
+    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune", "privacy"),
 )
 NODES = ("data", "sites", "views", "method", "task", "rule", "server_optimizer")
 BUILDABLE = (
@@ -66,7 +67,7 @@ def compose(overrides: Sequence[str]) -> Study:
         what = choices["method"] if choices["experiment"] == "None" else choices["experiment"]
         parts = [what, str(named["data"].get("name") or choices["data"]), choices["sites"]]
         named["run"]["dir"] = f"runs/{'-'.join(parts)}-seed{named['seed']}"
-    return parse(yaml.safe_dump(named, sort_keys=False, allow_unicode=True))
+    return parse(yaml.safe_dump(converted(named), sort_keys=False, allow_unicode=True))
 
 
 def _complete(tree: dict[Any, Any]) -> None:
@@ -99,7 +100,8 @@ def changed(text: str, overrides: Sequence[str]) -> Study:
             OmegaConf.update(tree, key, yaml.safe_load(value))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{word}: {error}. Write it as in YAML, such as finetune.fractions=[0.1,1.0].") from None
-    return parse(yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False, allow_unicode=True))
+    plain: Any = OmegaConf.to_container(tree)
+    return parse(yaml.safe_dump(converted(plain), sort_keys=False, allow_unicode=True))
 
 
 def parse(text: str) -> Study:
@@ -137,6 +139,7 @@ def parse(text: str) -> Study:
         evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
         synthesis=Synthesis.read(tree["synthesis"], "synthesis"),
         finetune=Finetune.read(tree["finetune"], "finetune"),
+        privacy=Privacy.read(tree["privacy"], "privacy"),
         source=text,
         **{name: tree[name] for name in NODES},
     )

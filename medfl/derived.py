@@ -1,4 +1,7 @@
-"""The study of a fine-tuning, as a tree of its configuration; a site makes it again to check the server's."""
+"""Studies that follow from another, as trees of the configuration.
+
+Of a fine-tuning, which a site makes again to check the server's; and under differential privacy.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -7,6 +10,8 @@ from typing import Any
 Tree = dict[str, Any]
 SHARED = ("steps", "batch_size", "optimizer", "schedule", "warmup")  # of `finetune`, in place of those of `training`
 MOST_OUTPUTS = 1000
+WITHOUT_BATCHES = {"norm": "layer", "norm_layer": "group"}  # in place of batch norm
+ALONE = {"codebook": "refresh", "queue": "clear", "gram": "never"}  # of `rounds`
 
 
 def derive_tree(study: Tree, sizes: Mapping[str, int], *, freeze: bool, fraction: float) -> Tree:
@@ -43,3 +48,26 @@ def follows(received: Tree, approved: Tree) -> bool:
     if any(not 0 <= size <= MOST_OUTPUTS for size in sizes.values()):
         return False
     return any(derive_tree(approved, sizes, freeze=freeze, fraction=fraction) == received for freeze in (False, True))
+
+
+def converted(study: Tree) -> Tree:
+    """The configuration under differential privacy: no norm, queue or sum in it mixes patients; else as it is.
+
+    Encoders get group norm, heads layer norm. It changes the network, so a comparison without privacy needs the same.
+    """
+    if study["privacy"].get("mechanism") in (None, "none"):
+        return study
+    tree: Tree = _unmixed(study)
+    tree["rounds"] |= ALONE
+    return tree
+
+
+def _unmixed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmixed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _unmixed(item) for key, item in value.items()}
+    encoder = str(value.get("_target_", "")).startswith("medfl.models.encoders.")
+    names = {"norm": "group"} if encoder else WITHOUT_BATCHES
+    return found | {name: kind for name, kind in names.items() if found.get(name) == "batch"}

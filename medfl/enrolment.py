@@ -18,6 +18,7 @@ from medfl.errors import (
     MedflError,
     NetworkError,
     PolicyError,
+    PrivacyError,
     ResourceError,
     VersionError,
 )
@@ -32,7 +33,9 @@ OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-
 MOST_CLASSES, MOST_REGIONS = 1000, 254  # masks are of bytes, one of which means unknown
 AGAIN = 5.0  # s between two questions to sites that were not reached
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
-SHARED = (ConfigError, DataError, PolicyError, ResourceError, DivergedError, VersionError, CredentialError)
+SHARED = (
+    ConfigError, DataError, PolicyError, ResourceError, DivergedError, VersionError, CredentialError, PrivacyError,
+)  # fmt: skip
 BY_CODE = {error.exit_code: error for error in SHARED}
 
 

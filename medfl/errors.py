@@ -58,6 +58,12 @@ class DivergedError(MedflError):
     exit_code = 50
 
 
+class PrivacyError(MedflError):
+    """The privacy budget of a site's patients is spent, or nothing can be said of it."""
+
+    exit_code = 60
+
+
 class InternalError(MedflError):
     """A state that should not occur: a bug, with what is needed to report it."""
 

@@ -29,6 +29,7 @@ HINTS = {
     30: "It ran out of memory or disk.",
     40: "It has another release.",
     50: "Its training diverged.",
+    60: "The privacy budget of its patients is spent.",
 }
 
 

@@ -91,8 +91,14 @@ def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -
 
 
 def seed_codebooks(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
-    """The first codebooks: every site's own centres, clustered on the server, then Lloyd's steps on plain sums."""
+    """The first codebooks: every site's own centres, clustered on the server, then Lloyd's steps on plain sums.
+
+    Under differential privacy those of public images: the rounds' noised sums move them on.
+    """
     if not server.books.kinds:
+        return
+    if federation.study.privacy.on:
+        server.set_books(server_books.public(federation.study, server.tensors()))
         return
     updates = _ask(SEED, federation, server, sites, server.blueprint.seeds)
     server.set_books(server_books.first(server.books.kinds, updates, server.blueprint.seeds, federation.study.seed))
@@ -110,7 +116,7 @@ def join_codebooks(federation: Federation, server: Server, members: int, joined:
     Args:
         members: sites so far.
     """
-    if not server.books.kinds or not joined:
+    if not server.books.kinds or not joined or federation.study.privacy.on:
         return
     layout = server.blueprint.seeds
     updates = _ask(SEED, federation, server, joined, layout)
@@ -220,7 +226,7 @@ def _events(
     def event(site: str, name: str, value: float) -> Event:
         return Event(stage, server.arm, server.round, site, name, value)
 
-    rows = [event("", "round/seconds", seconds), event("", "round/sites", float(len(updates)))]
+    rows = [event("", "round/seconds", seconds)]
     for update, weight in zip(updates, weights, strict=True):
         rows.append(event(update.site, "round/weight", weight))
         rows.append(event(update.site, "round/update_norm", update.norm))
@@ -228,6 +234,7 @@ def _events(
     means = _means(updates, weights)
     rows += [event("", name, value) for name, value in means.items()]
     rows += [event(site, name, value) for site, name, value in told]
+    rows.append(event("", "round/sites", float(len(updates))))  # closes the round for those who watch
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
     remarks = [*server.blueprint.remarks(terms), *_index_alarms(told)]
     if collapse := server.blueprint.alarm(terms):

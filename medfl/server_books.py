@@ -4,6 +4,7 @@ All inputs are sums over many images of many sites; no token and no single site'
 the union that starts the first codebook and for the diagnostics per site.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from medfl import codebooks, seeding
 from medfl.codebooks import Book
+from medfl.data.phantom import Phantom
 from medfl.errors import ConfigError
 from medfl.gate import Update
 from medfl.layout import Layout, Tensors
 from medfl.methods.base import Method, Role
 from medfl.models.quantizer import CodeSums
+from medfl.privacy.codes import PUBLIC_IMAGES, SIGMAS, count_noise, public_seeds
 from medfl.study import Study
+from medfl.workshop import new_method
 
 CALM = 2  # last rounds without revival: a new code needs some rounds to find its tokens
 DEAD = 0.02  # of the mean tokens per code, of all sites together
@@ -61,6 +65,24 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
             )
         found[name] = codebooks.union(parts, kind.codes, seeding.generator(seed, "codebook", name))
     return found
+
+
+def public(study: Study, tensors: Tensors) -> dict[str, Book]:
+    """The first codebooks under differential privacy: clusters of what the first weights make of phantoms.
+
+    Args:
+        tensors: the global weights.
+    """
+    method, data = new_method(study), study.data
+    method.load_state_dict(tensors, strict=False)
+    phantom = Phantom(
+        name="anatomy", spatial_dims=int(data["spatial_dims"]), channels=int(data["channels"]), size=int(data["size"]),
+        count=PUBLIC_IMAGES, images_per_patient=1, classes=["smooth", "textured"], contrast=0.8, noise=0.04, seed=0,
+    )  # fmt: skip
+    images = phantom.load().images[..., : int(data.get("depth") or data["size"])]
+    found = public_seeds(method, images, study.seed)
+    mass = {name: 2 * study.training.batch_size * book.tokens_per_image for name, book in method.codebooks().items()}
+    return {name: Book(counts, sums).scaled(mass[name]) for name, (counts, sums) in found.items()}
 
 
 def _centres(name: str, updates: Sequence[Update], layout: Layout) -> list[Book]:
@@ -122,12 +144,22 @@ class Books:
         steps = sum(u.metrics["site/steps"] * w for u, w in zip(updates, weights, strict=True))
         return codebooks.merge_increments(book, books, kind.decay, steps), sums
 
-    def revive(self, book: Book, name: str, sums: Mapping[str, CodeSums], seed: int, number: int) -> tuple[Book, int]:
-        """Split the codes with most distortion into those that nobody has used for two rounds."""
-        draw = seeding.generator(seed, "revival", name, number)
+    def revive(
+        self, book: Book, name: str, sums: Mapping[str, CodeSums], study: Study, number: int
+    ) -> tuple[Book, int]:
+        """Split the codes with most distortion into those that nobody has used for two rounds.
+
+        Under differential privacy a count below three deviations of its noise says nothing: then no code is dead that
+        might be used, and none is split that might be empty.
+        """
+        draw = seeding.generator(study.seed, "revival", name, number)
         total = codebooks.add(list(sums.values()))
+        share, tokens = DEAD, float(total.counts.sum())
+        if study.privacy.on and tokens > 0:
+            noise = count_noise(study.privacy, len(self.kinds)) * self.kinds[name].tokens * math.sqrt(len(sums))
+            share = max(share, SIGMAS * noise * len(total.counts) / tokens)
         revived, self.idle[name], count = codebooks.revive(
-            book, total, self.idle[name], share=DEAD, patience=PATIENCE, most=MOST, generator=draw
+            book, total, self.idle[name], share=share, patience=PATIENCE, most=MOST, generator=draw
         )
         return revived, count
 
@@ -163,18 +195,19 @@ def round_of(
         after, parts = books.merge(before, name, updates, weights, layout, mode, rounds.codebook_keep)
         revived = 0
         if 0 < number <= rounds.count - CALM:
-            after, revived = books.revive(after, name, parts, study.seed, number)
+            after, revived = books.revive(after, name, parts, study, number)
         counts.copy_(after.counts)
         sums.copy_(after.sums)
         yield "", f"codebook/{name}/revived", float(revived)
-        yield from _told(name, codebooks.health(before, after, parts, share=DEAD), mode)
+        exact = mode == "refresh" and not study.privacy.on
+        yield from _told(name, codebooks.health(before, after, parts, share=DEAD), exact=exact)
 
 
-def _told(name: str, health: codebooks.Health, mode: str) -> Iterator[tuple[str, str, float]]:
+def _told(name: str, health: codebooks.Health, *, exact: bool) -> Iterator[tuple[str, str, float]]:
     for kind in ("perplexity", "dead", "rare", "drift", "exclusivity"):
         yield "", f"codebook/{name}/{kind}", float(getattr(health, kind))
-    # where codes move during the round, honest tokens can lie nearer to another of the broadcast codes
-    kinds = ("js", "exclusive", "error", "index_alarm") if mode == "refresh" else ("js", "exclusive", "error")
+    # where codes move during the round, or sums have noise, honest tokens can lie nearer to another broadcast code
+    kinds = ("js", "exclusive", "error", "index_alarm") if exact else ("js", "exclusive", "error")
     for site, found in health.sites.items():
         for kind in kinds:
             yield site, f"codebook/{name}/{kind}", float(getattr(found, kind))

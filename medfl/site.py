@@ -21,6 +21,7 @@ from medfl.methods.phases import Phase, phase_of
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
+from medfl.privacy.at_site import Guard, refuse_seeds
 from medfl.site_scores import tallies, tallies_layout
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
@@ -52,6 +53,7 @@ class Site:
         self.patients = site_queues.patient_codes(data.train.patients)
         self.holdings = shop.method.holdings(data.train.images, data.train.masks)
         self.answers, self.sums = (layout.owned(tuple(self.holdings)) for layout in (shop.answers, shop.sums))
+        self.guard = Guard(shop.study, data.name, shop.method, self.patients) if shop.study.privacy.on else None
 
     def leaves(self, kind: str) -> Layout:
         """The tensors in the answer to a request of this kind, such as "pretrain"; all others answer with none."""
@@ -75,6 +77,7 @@ class Site:
         kept = self._kept(order, order.round)
         self._load(broadcast, kept)
         self._start_own_books()
+        spent = self._book(order, trains=True)
         sums, monitors, codes = self._refresh()
         share, blending = shop.blend.apply(method, kept)
         self._begin_queues(order)
@@ -86,7 +89,8 @@ class Site:
                 method, prior, codes, mode=shop.policy.codebook, steps=order.steps, least=rounds.codebook_images
             )
         metrics: dict[str, float | int] = {f"loss/{name}": value for name, value in losses.items()}
-        metrics |= monitors | {
+        metrics |= monitors | spent
+        metrics |= {
             "site/volumes": min(len(self.task.images), order.steps * shop.study.training.batch_size),
             "site/steps": order.steps,
             "site/seconds": time.perf_counter() - began,
@@ -120,8 +124,21 @@ class Site:
         keep = shop.study.training.optimizer_state == "keep"
         if keep and order.round > phase.first:  # another phase steps other parameters
             load_optimizer(optimizer, kept)
-        losses = train_locally(method, self.task, optimizer, self._plan(order, phase), shop.where)
+        plan = self._plan(order, phase)
+        if self.guard is None:
+            losses = train_locally(method, self.task, optimizer, plan, shop.where)
+        else:
+            with self.guard.gradients(self.task, plan, shop.where) as gradients:
+                losses = train_locally(method, self.task, optimizer, plan, shop.where, gradients)
         return losses, optimizer_tensors(optimizer) if keep else {}
+
+    def _book(self, order: Order, *, trains: bool) -> dict[str, float]:
+        """Under differential privacy: write down what this request releases, before anything is computed."""
+        if self.guard is None:
+            return {}
+        releases = self.guard.of_codes() + (self.guard.of_training(self.task, order.steps) if trains else [])
+        last = not trains or order.round == order.rounds
+        return self.guard.book(releases, stage=order.phase, arm=order.arm, number=order.round, last=last)
 
     def synthesize(self, order: Order) -> Answer:
         """Synthetic images of this site's own, made and kept here."""
@@ -132,6 +149,8 @@ class Site:
     def seed_codebooks(self, broadcast: Broadcast) -> Answer:
         """Before the first round: this site's own k-means of its tokens, as masses and sums of its centres."""
         order, method = broadcast.order, self.shop.method
+        if self.guard is not None:
+            refuse_seeds()
         self._load(broadcast, self._kept(order))
         layout = seed_layout(method)
         found = self._seeds(least=self.shop.study.rounds.codebook_images)
@@ -143,8 +162,9 @@ class Site:
         order, digest = broadcast.order, self.shop.sums.digest
         self._load(broadcast, self._kept(order))
         self._start_own_books()
+        spent = self._book(order, trains=False)
         sums, monitors, _ = self._refresh()
-        metrics = monitors | {"site/volumes": len(self.images), "site/steps": 1}
+        metrics = monitors | spent | {"site/volumes": len(self.images), "site/steps": 1}
         return Answer(self.data.name, order.nonce, digest, metrics, self.sums.pack(sums))
 
     def evaluate(self, broadcast: Broadcast) -> Answer:
@@ -251,6 +271,8 @@ class Site:
 
         Norms use batch statistics, as in training, so that no layer's sums depend on statistics of older weights.
         """
+        if self.guard is not None:
+            return self.guard.codes(self.images, self.shop.where), {}, {}
         method, parts = self.shop.method, self._parts()
         method.train()
         with self.shop.where.autocast():

@@ -191,6 +191,35 @@ class Synthesis(Section):
 
 
 @dataclass(frozen=True)
+class Privacy(Section):
+    """Differential privacy at every site: of its patients, against everybody who sees what leaves it."""
+
+    mechanism: str  # none | patient | group
+    noise: float  # σ, in units of clip
+    clip: float  # C, largest L2 norm of one unit's gradient
+    bucket: int  # patients, on average; mechanism group
+    images: int  # most of one patient in a step
+    delta: float | None  # null: 1 / (10 patients of the site)
+    max_epsilon: float | None  # per patient; null: no limit
+    codes_noise: float  # σ of a release of the codebooks' sums
+    codes_clip: float  # largest distance of a token to its code
+
+    def __post_init__(self) -> None:
+        one_of("privacy.mechanism", self.mechanism, ("none", "patient", "group"))
+        for name in ("noise", "clip", "bucket", "images", "codes_noise", "codes_clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"privacy.{name}: got {getattr(self, name)}, need a number above 0.")
+        if self.delta is not None and not 0 < self.delta < 0.1:
+            raise ConfigError(f"privacy.delta: got {self.delta}, need a number in (0, 0.1), or null.")
+        if self.max_epsilon is not None and not self.max_epsilon > 0:
+            raise ConfigError(f"privacy.max_epsilon: got {self.max_epsilon}, need a number above 0, or null.")
+
+    @property
+    def on(self) -> bool:
+        return self.mechanism != "none"
+
+
+@dataclass(frozen=True)
 class Study:
     """All of a study. `source` is its YAML text: it travels to the sites and is parsed there again."""
 
@@ -211,6 +240,7 @@ class Study:
     rule: Node
     server_optimizer: Node
     synthesis: Synthesis
+    privacy: Privacy
     training: Training
     rounds: Rounds
     evaluation: Evaluation

@@ -106,12 +106,23 @@ class Task:
         }
 
 
+Gradients = Callable[[int], dict[str, Tensor]]  # of a step: sets .grad of what is trained; its loss terms
+
+
 def train_locally(
-    method: Method, task: Task, optimizer: torch.optim.Optimizer, plan: Plan, where: Device
+    method: Method,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    where: Device,
+    gradients: Gradients | None = None,
 ) -> dict[str, float]:
     """Train `method` in place; returns the mean of each loss term over the steps.
 
     Nothing is read back from the device before the last step.
+
+    Args:
+        gradients: in place of those of the plan's batches, as under differential privacy.
 
     Raises:
         DivergedError: a loss was not finite.
@@ -119,28 +130,48 @@ def train_locally(
     method.train()
     peaks = [group["lr"] for group in optimizer.param_groups]
     sums: dict[str, Tensor] = {}
-    classes = task.labels if method.labelled and not method.findings else None
-    for step, chosen in enumerate(indices(len(task.images), classes, plan)):
+    gradients = gradients or _of_batches(method, task, plan, where)
+    for step in range(plan.steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             progress = plan.progress(step + 1)
             group["lr"] = learning_rate(progress, peak=peak, warmup=plan.warmup, schedule=plan.schedule)
-        key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
-        views, read = task.batch(chosen, key, where, count=method.views, masked=method.segments), {}
-        if method.segments:
-            read["masks"] = views[0][:, -1].to(torch.uint8)
-            views = [view[:, :-1] for view in views]
-        with where.autocast():
-            losses = method(views, plan.progress(step), **read, **task.known(chosen, method, where))
         optimizer.zero_grad(set_to_none=True)
-        if losses["total"].requires_grad:  # else this batch has nothing of what the phase trains
-            losses["total"].backward()
-            optimizer.step()
+        losses = gradients(step)
+        optimizer.step()
         method.after_step(plan.progress(step + 1))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
     return _means(sums, plan)
+
+
+def _of_batches(method: Method, task: Task, plan: Plan, where: Device) -> Gradients:
+    """The gradients of the plan's batches; a batch with nothing of what the phase trains leaves them empty."""
+    classes = task.labels if method.labelled and not method.findings else None
+    drawn = indices(len(task.images), classes, plan)
+
+    def gradients(step: int) -> dict[str, Tensor]:
+        key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
+        losses = losses_of(method, task, next(drawn), key, plan.progress(step), where)
+        if losses["total"].requires_grad:
+            torch.autograd.backward(losses["total"])
+        return losses
+
+    return gradients
+
+
+def losses_of(
+    method: Method, task: Task, chosen: Tensor, key: int, progress: float, where: Device
+) -> dict[str, Tensor]:
+    """What `method` returns for views of the chosen images (B,), drawn with `key`."""
+    views, read = task.batch(chosen, key, where, count=method.views, masked=method.segments), {}
+    if method.segments:
+        read["masks"] = views[0][:, -1].to(torch.uint8)
+        views = [view[:, :-1] for view in views]
+    with where.autocast():
+        losses: dict[str, Tensor] = method(views, progress, **read, **task.known(chosen, method, where))
+    return losses
 
 
 def _means(sums: dict[str, Tensor], plan: Plan) -> dict[str, float]:

@@ -67,6 +67,8 @@ def workshop(source: str) -> Workshop:
             "training.precision=bf16: torch's Conv3d gives wrong gradients in bfloat16 on a CPU. Take fp32 or auto."
         )
     method = new_method(study).to(where.device)
+    if study.privacy.on:
+        method.isolate()
     if where.channels_last:
         method.to(memory_format=where.memory_format(int(study.data["spatial_dims"])))  # type: ignore[call-overload]
     views = config.build(study.views)

@@ -147,11 +147,14 @@ def test_progress_counts_the_rounds_of_a_resumed_arm_too() -> None:
         return {"t": f"2027-01-01T00:00:{second:02d}+00:00", "stage": "pretrain", "arm": "", "site": ""} | facts
 
     def closed(second: int, number: int) -> dict[str, object]:
-        return event(second, arm="federated", round=number, name="loss/total", value=1.0)
+        return event(second, arm="federated", round=number, name="round/sites", value=3.0)
 
-    plan = event(0, round=0, name="planned", value=4.0)
-    seen = progress([plan, closed(5, 1), event(6, round=0, name="planned", value=4.0), closed(16, 2)], {"pretrain": 4})
+    plan, loss = event(0, round=0, name="planned", value=4.0), event(5, arm="federated", round=1)
+    began = [plan, loss | {"name": "loss/total", "value": 0.5}, closed(5, 1)]
+    assert progress(began, {"pretrain": 4}).loss == 0.5
+    seen = progress([*began, event(6, round=0, name="planned", value=4.0), closed(16, 2)], {"pretrain": 4})
     assert (seen.round, seen.rounds, seen.done, seen.planned, seen.seconds_left) == (2, 4, 2, 4, 20.0)
+    assert seen.loss is None
     assert progress([], {}).stage == ""
 
 

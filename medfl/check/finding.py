@@ -14,6 +14,7 @@ GROUPS = {
     "policy": "Study and policy",
     "data": "Images and labels",
     "privacy": "Identifying information",
+    "budget": "Privacy of the patients",
     "fit": "A training step on these data",
 }
 RANK: Mapping[str, int] = {"fail": 0, "warn": 1, "pass": 2}

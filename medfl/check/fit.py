@@ -87,6 +87,7 @@ def _short(study: Study, folder: Path, listing: Listing | None, rows: Sequence[i
     tree: dict[str, Any] = yaml.safe_load(study.source)
     tree["run"] |= {"dir": str(folder), "state_dir": str(folder)}
     tree["training"]["synthetic"] = 0.0
+    tree["privacy"]["max_epsilon"] = None  # nothing of this round is released
     tree["sites"]["min_images"] = 1
     if listing is not None:
         path, column = folder / "sample.csv", listing.columns.get("split", "medfl_split")
@@ -109,7 +110,9 @@ def _apart(listing: Listing, rows: Sequence[int], splits: Sequence[str]) -> list
 def _measured(study: Study, site: Site, train: int) -> Fit:
     server = Server.start(study, "federated", Blueprint.of(study), None)
     order = order_of(study, server, 1, 1)
-    if server.blueprint.books:
+    if server.blueprint.books and study.privacy.on:
+        server.set_books(server_books.public(study, server.tensors()))
+    elif server.blueprint.books:
         centres = site.seed_codebooks(Broadcast(order, server.flat))
         update = Update(site.data.name, centres.flat, len(site.images), {}, 0.0)
         books = server_books.first(server.books.kinds, [update], server.blueprint.seeds, study.seed)

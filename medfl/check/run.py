@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from medfl import config
-from medfl.check import fit, host, images, keys, listing, look, network, people, privacy, targets
+from medfl.check import budget, fit, host, images, keys, listing, look, network, people, privacy, targets
 from medfl.check.finding import Finding
 from medfl.check.fit import Fit
 from medfl.check.listing import Listed, Listing
@@ -51,8 +51,10 @@ def run(scope: Scope, progress: Progress) -> Result:
         measured, fits = _fit(scope, None, [], [], speed, progress)
         return Result(scope, (*found, *fits), (), measured)
     data, verdicts, rows, splits = _data(scope, listed, progress)
+    people_ = {listed.patients[row] for row in rows if splits[row] == "train"}
+    cost = budget.findings(scope, len(people_))
     measured, fits = _fit(scope, listed, rows, splits, speed, progress)
-    return Result(scope, (*found, *data, *fits), verdicts, measured)
+    return Result(scope, (*found, *data, *cost, *fits), verdicts, measured)
 
 
 def _listing(node: Node) -> tuple[Listing | None, list[Finding]]:

@@ -11,14 +11,14 @@ Command = Callable[[Sequence[str]], None]
 USAGE = 2
 GROUPS = {
     "On one machine": ("prepare", "simulate", "synthesize", "share"),
-    "With a finished run": ("finetune", "evaluate", "transfer", "report", "compare", "export"),
+    "With a finished run": ("finetune", "evaluate", "transfer", "report", "compare", "export", "audit"),
     "Among real sites": ("study", "site", "bundle"),
 }
 
 
 def commands() -> dict[str, Command]:
     """Name → command; a command's help is its docstring."""
-    from medfl.cli import bundle, compare, exports, prepare, research, site, study, synthetic
+    from medfl.cli import audit, bundle, compare, exports, prepare, research, site, study, synthetic
 
     return {
         "prepare": prepare.prepare,
@@ -31,6 +31,7 @@ def commands() -> dict[str, Command]:
         "report": research.report,
         "compare": compare.compare,
         "export": exports.export,
+        "audit": audit.audit,
         "study": study.study,
         "site": site.site,
         "bundle": bundle.bundle,

@@ -24,6 +24,7 @@ class Progress:
         self.planned = self.done = 0
         self.began = time.monotonic()
         self.said: set[tuple[str, str]] = set()
+        self.loss = ""  # of the round; under differential privacy nobody tells it
         self.bars = Bars(
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=24),
@@ -56,6 +57,8 @@ class Progress:
             self.planned += int(event.value)
             self.bars.update(self.task, total=max(1, self.planned))
         elif event.stage in TRAININGS and event.name == "loss/total" and not event.site:
+            self.loss = f"  loss {event.value:.3f}"
+        elif event.stage in TRAININGS and event.name == "round/sites":
             self._round(event)
 
     def _remark(self, event: Event) -> None:
@@ -70,7 +73,7 @@ class Progress:
         total = self.bars.tasks[0].total or 1
         left = (time.monotonic() - self.began) / self.done * max(0.0, total - self.done)
         rounds = self.study.rounds.count if event.stage == "pretrain" else self.study.finetune.rounds
-        note = f"round {event.round}/{rounds}  loss {event.value:.3f}  {_minutes(left)} left"
+        note, self.loss = f"round {event.round}/{rounds}{self.loss}  {_minutes(left)} left", ""
         self.bars.update(self.task, completed=self.done, description=event.arm, note=note)
         if not self.console.is_terminal:
             self.console.print(f"{event.arm:<22} {note}", soft_wrap=True)

@@ -33,6 +33,7 @@ def site(words: Sequence[str]) -> None:
     medfl site status                         connected? what was done last, what comes next
     medfl site stop                           disconnect, at once
     medfl site egress [STUDY]                 what left this site, round by round
+    medfl site privacy                        what was spent of the patients' privacy
     medfl site audit verify                   is the record of all this whole
     medfl site serve node|apps [STUDY]        one of the two processes of join, for systemd and containers
 
@@ -202,6 +203,17 @@ def _egress(words: Sequence[str]) -> None:
     print(json.dumps(facts, indent=1) if asked.json else pages.egress(facts))
 
 
+def _privacy(words: Sequence[str]) -> None:
+    parser = _parser("privacy", "What was spent of the patients' privacy, by this site's own ledger.")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(words)
+    from medfl.privacy.account import account
+
+    here = _site(asked)
+    facts = account(here.state, here.site, here.policy.privacy)
+    print(json.dumps(facts, indent=1) if asked.json else pages.privacy(facts))
+
+
 def _audit(words: Sequence[str]) -> None:
     parser = _parser("audit", "Check that no line of the record was changed, removed, added or moved.")
     parser.add_argument("verb", choices=("verify",))
@@ -253,6 +265,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "status": _status,
     "stop": _stop,
     "egress": _egress,
+    "privacy": _privacy,
     "audit": _audit,
     "serve": _serve,
 }

@@ -76,6 +76,7 @@ def review(site: SiteFile, invitation: Invitation, page: "Review", given: str, w
         ("What runs here", _runs(page)),
         ("What leaves this site", _leaves(page)),
         ("What never leaves", _stays(page)),
+        ("What protects a single patient", _protects(page)),
         ("For how long", [f"Until {page.until}, or until you stop it: medfl site stop. Rounds: {page.rounds}."]),
         ("What this site's policy says", _policy(site, page)),
     ]
@@ -135,6 +136,43 @@ def _leaves(page: "Review") -> list[str]:
 def _stays(page: "Review") -> list[str]:
     kept = [f"{count} tensors: {KEPT[role]}" for role, count in page.private.items()]
     return [f"- {text}" for text in (*STAYS, *kept)]
+
+
+def _protects(page: "Review") -> list[str]:
+    privacy = page.privacy
+    if privacy["mechanism"] == "none":
+        return [
+            "No differential privacy. Updates are limited in size and made of many steps and images, but they can "
+            "carry traces of single training images."
+        ]
+    unit = "each patient's" if privacy["mechanism"] == "patient" else f"a bucket of about {privacy['bucket']} patients'"
+    limit = privacy["max_epsilon"]
+    ends = f"This site stops at ε={limit:g} per patient." if limit else "Nobody set a limit for ε."
+    return [
+        f"Differential privacy: {unit} part in a step is cut to length {privacy['clip']:g}, and noise of "
+        f"{privacy['noise']:g} times that is added here, before anything leaves. {ends}",
+        "medfl site check says what ε the whole study comes to with this site's number of patients, and whether that "
+        "protects anybody; medfl site privacy says what is spent. Scores and counts of test images are not covered.",
+    ]
+
+
+def privacy(facts: dict[str, Any]) -> str:
+    """What was spent."""
+    if not facts["releases"]:
+        return "nothing was released under differential privacy yet."
+    lines = [f"{'study':24} {'stage':12} {'arm':28} {'rounds':>6} {'steps':>8} {'noise':>6} {'rate':>6}"]
+    lines += [
+        f"{row['study'][:24]:24} {row['stage'][:12]:12} {row['arm'][:28]:28} {row['rounds']:>6} {row['steps']:>8} "
+        f"{row['noise']:>6.3g} {row['rate']:>6.3f}"
+        for row in facts["rows"]
+    ]
+    limit = f" of {facts['max_epsilon']:g} that policy.privacy allows" if facts["max_epsilon"] else ""
+    return "\n".join([
+        *lines,
+        f"spent: ε={facts['epsilon']:.3g}{limit}, at δ={facts['delta']:.1e} (RDP {facts['rdp']:.3g}; of two",
+        "accountants' bounds the smaller one counts). Unit: " + facts["unit"] + ".",
+        f"ledger head: {facts['head']}",
+    ])  # fmt: skip
 
 
 def _policy(site: SiteFile, page: "Review") -> list[str]:

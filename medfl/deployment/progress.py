@@ -7,7 +7,7 @@ from typing import Any
 
 from medfl.run_folder import TRAININGS
 
-LOSS = "loss/total"
+CLOSED, LOSS = "round/sites", "loss/total"  # of every round; of one whose sites may tell it
 TOLD = ("refused", "remark", "checkpoint/damaged", "joined")
 SHOWN = 5  # of what was told last
 Event = Mapping[str, Any]
@@ -56,7 +56,7 @@ def progress(events: Sequence[Event], rounds: Mapping[str, int]) -> Progress:
         rounds=rounds.get(stage, 0),
         done=min(done, planned),
         planned=planned,
-        loss=float(newest["value"]) if newest else None,
+        loss=_loss(here, newest) if newest else None,
         seconds_left=_left(begin, recent, planned - done),
         last_event=str(last["t"]),
         told=told,
@@ -64,8 +64,15 @@ def progress(events: Sequence[Event], rounds: Mapping[str, int]) -> Progress:
 
 
 def _closes(event: Event) -> bool:
-    """The mean loss over the sites is written once for every round."""
-    return bool(event["name"] == LOSS and not event["site"])
+    """Written once for every round."""
+    return bool(event["name"] == CLOSED)
+
+
+def _loss(events: Sequence[Event], newest: Event) -> float | None:
+    """The mean loss over the sites in the same round; under differential privacy nobody tells it."""
+    place = [(event["arm"], event["round"]) == (newest["arm"], newest["round"]) for event in events]
+    found = [e["value"] for e, here in zip(events, place, strict=True) if here and e["name"] == LOSS and not e["site"]]
+    return float(found[-1]) if found else None
 
 
 def _left(begin: Event, recent: Sequence[Event], rounds: int) -> float | None:

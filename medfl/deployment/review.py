@@ -14,7 +14,7 @@ from medfl.layout import Layout, Policy, counts_layout, seed_layout, study_claim
 from medfl.messages import DESCRIBE, EVALUATE, REFRESH, SEED, SYNTHESIZE, TRAIN
 from medfl.methods.base import Method, Role
 from medfl.onsite.approvals import forbidden
-from medfl.onsite.policy import method_name
+from medfl.onsite.policy import method_name, private
 from medfl.onsite.site_file import SiteFile
 from medfl.provision.app import differences, version_of
 from medfl.provision.documents import Invitation
@@ -58,6 +58,7 @@ class Review:
     steps: int  # optimizer steps of a round
     batch: int  # images of a step
     parameters: int
+    privacy: dict[str, Any]  # the study's section, with this site's limits
     assumed: str  # what had to be guessed; "": nothing
     asked: list[Asked]
     private: dict[str, int]  # role -> tensors of the method that never leave
@@ -105,6 +106,7 @@ def review(site: SiteFile, invitation: Invitation) -> Review:
         steps=study.training.steps,
         batch=study.training.batch_size,
         parameters=sum(parameter.numel() for parameter in method.parameters()),
+        privacy=private(yaml.safe_load(invitation.config), site.policy),
         assumed=assumed,
         asked=asked,
         private=_private(method, policy),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medfl.errors import ConfigError
 from medfl.models.quantizer import Quantizer
 from medfl.models.queue import Queue
 
@@ -52,6 +53,8 @@ class Method(nn.Module):
         views: how many views `forward` takes.
         masked_only: True if it trains on images with a known mask alone.
         by_patient: True if `forward` takes a last `patients`, None or (B,) int64: equal for images of one patient.
+        separable: True if, without batch norm, the loss of a batch is the mean of its images' own losses.
+        alone: see `isolate`.
         encoder: what is exported and evaluated; (B, C, *S) -> (B, F).
         targets: prefix of each momentum copy -> prefix of its online net; names below both are equal.
         target_mode: what rounds.target=auto means for it.
@@ -66,6 +69,8 @@ class Method(nn.Module):
     views: int = 2
     masked_only: bool = False
     by_patient: bool = False
+    separable: bool = False
+    alone: bool = False
     encoder: nn.Module
     targets: ClassVar[Mapping[str, str]] = {}
     target_mode: ClassVar[str] = "average"
@@ -96,6 +101,25 @@ class Method(nn.Module):
         """Factor of the learning rate of a parameter, in this phase."""
         del name
         return 1.0
+
+    def isolate(self) -> None:
+        """From here on a batch learns from itself alone, as differential privacy needs it.
+
+        Codebooks stand still, nothing enters a queue, and views pass through the network one by one.
+
+        Raises:
+            ConfigError: a batch norm, which mixes images.
+        """
+        if mixing := [name for name, module in self.named_modules() if isinstance(module, _BatchNorm)]:
+            raise ConfigError(
+                f"privacy: '{mixing[0]}' is a batch norm, which mixes patients. Give the network another norm, or take "
+                "privacy=none."
+            )
+        for module in self.modules():
+            if "inplace" in vars(module):
+                vars(module)["inplace"] = False  # an image's own gradient is read from what would be written over
+        self.alone = True
+        self.frozen = (*self.frozen, *self.codebooks())
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step: moving averages, queues."""

@@ -5,7 +5,7 @@ Its parts are also the representation branch and the continuous target of DiSSEC
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -42,6 +42,7 @@ class BYOL(Method):
     """
 
     targets: ClassVar[Mapping[str, str]] = {"target_encoder": "encoder", "target_projector": "projector"}
+    separable = True
     encoder: ResNet
 
     def __init__(self, *, encoder: ResNet, hidden: int, width: int, norm: str, momentum: float) -> None:
@@ -59,9 +60,13 @@ class BYOL(Method):
         """Term "continuous" in [0, 4], and monitor "std" of the predictions: 1 isotropic, 0 collapsed."""
         del progress, labels  # the momentum is scheduled in after_step; nothing is supervised
         images = stacked(views)
-        p, (z, _) = self.predictions(images), self.target_branch(images)
+        p, (z, _) = self.of_views(views, self.predictions), self.target_branch(images)
         total = regression(p, other_view(z))
         return {"total": total, "continuous": total.detach(), "std": spread(p.detach())}
+
+    def of_views(self, views: list[Tensor], net: Callable[[Tensor], Tensor]) -> Tensor:
+        """`net` of both views, rows (2B, E): one forward, or where images must not share one with themselves, two."""
+        return torch.cat([net(view) for view in views]) if self.alone else net(torch.cat(views))
 
     def predictions(self, images: Tensor) -> Tensor:
         """p (B, E) of the online network."""

@@ -103,7 +103,7 @@ class DiSSECT(BYOL):
         """
         del progress, labels  # the momentum is scheduled in after_step; nothing is supervised
         images = stacked(views)
-        p, (z, maps) = self.predictions(images), self.target_branch(images)
+        p, (z, maps) = self.of_views(views, self.predictions), self.target_branch(images)
         found = self._quantized(maps)
         targets = {"continuous": z} if self.continuous else {}
         if found:

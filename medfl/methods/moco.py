@@ -92,11 +92,17 @@ class MoCo(Method):
         return {"total": nce, **{name: value.detach() for name, value in told.items()}}
 
     def contrasted(self, view: Tensor, patients: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (B, D) of a view, the queue before they enter it (N, D), and what of it is hidden from each image."""
-        keys, hidden = self.keys_of(view), self.queue.hidden(patients)
+        """Keys (B, D) of a view, the queue before they enter it (N, D), and what of it is hidden from each image.
+
+        Where a batch is alone, the keys of its other patients take the queue's place.
+        """
+        keys = self.keys_of(view)
+        if self.alone:
+            own = torch.arange(len(keys), device=keys.device) if patients is None else patients
+            return keys, keys, own[:, None] == own[None]
         if self.training and torch.is_grad_enabled():
             self._seen = (keys, patients)
-        return keys, self.queue.snapshot(), hidden
+        return keys, self.queue.snapshot(), self.queue.hidden(patients)
 
     @torch.no_grad()
     def keys_of(self, view: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from medfl.methods.base import Method
 from medfl.models.quantizer import CodeSums, Quantizer
 
 
-class _AtQuantizers(ABC):
+class AtQuantizers(ABC):
     """While active, `_see` gets the tokens (B, N, D) that enter each quantizer of a method."""
 
     def __init__(self, method: Method) -> None:
@@ -37,7 +37,7 @@ class _AtQuantizers(ABC):
             self._hooks.pop().remove()
 
 
-class CodeStatistics(_AtQuantizers):
+class CodeStatistics(AtQuantizers):
     """`sums[name]`: the sums per code of all tokens, under the codebook as it is.
 
     with torch.no_grad(), CodeStatistics(method) as codes:
@@ -54,7 +54,7 @@ class CodeStatistics(_AtQuantizers):
         self.sums[name] = self.sums[name] + new if name in self.sums else new
 
 
-class TokenSample(_AtQuantizers):
+class TokenSample(AtQuantizers):
     """`tokens()[name]`: up to `most` tokens of each image, (images, tokens, D), on the CPU; they stay at the site."""
 
     def __init__(self, method: Method, *, most: int, generator: torch.Generator) -> None:

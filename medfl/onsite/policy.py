@@ -21,6 +21,8 @@ class Rules(Protocol):
     def least_steps(self) -> int: ...
     @property
     def least_batch(self) -> int: ...
+    @property
+    def privacy(self) -> Mapping[str, Any] | None: ...
 
 
 def method_name(node: Mapping[str, Any]) -> str:
@@ -36,6 +38,8 @@ def refusals(study: Mapping[str, Any], rules: Rules) -> list[str]:
         found.append(f"method {name}: policy.methods allows {', '.join(rules.methods) or 'none'}.")
     wanted = [stage for stage in study["stages"] if stage in NEEDED and stage not in rules.stages]
     found += [f"stage {stage}: policy.stages allows {', '.join(rules.stages) or 'none'}." for stage in wanted]
+    if rules.privacy is not None and study["privacy"]["mechanism"] == "none":
+        found.append("no differential privacy: policy.privacy asks for it (privacy=patient or privacy=group).")
     trainings = {"training": plan} if "pretrain" in study["stages"] else {}
     if "finetune" in study["stages"]:
         trainings["finetune"] = study["finetune"]
@@ -45,3 +49,11 @@ def refusals(study: Mapping[str, Any], rules: Rules) -> list[str]:
                 rule = f"policy.least_{key.partition('_')[0]}"
                 found.append(f"{section}.{key}={part[key]}: {rule} asks for {least} at least.")
     return found
+
+
+def private(study: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+    """The study's section `privacy` with this site's own limits, where they are lower."""
+    section: dict[str, Any] = dict(study["privacy"])
+    for name, limit in (rules.privacy or {}).items():
+        section[name] = limit if section[name] is None else min(section[name], limit)
+    return section

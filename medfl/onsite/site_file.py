@@ -29,7 +29,7 @@ class SitePolicy:
     least_steps: int = 20  # optimizer steps of a round
     least_batch: int = 16  # images of a step
     most_bytes: int = 2_000_000_000  # of one reply
-    privacy: Node | None = None  # differential privacy that is asked for; null: none
+    privacy: Node | None = None  # {max_epsilon: 8.0, delta: 1.0e-5}: differential privacy is asked for; null: it is not
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -37,10 +37,20 @@ class SitePolicy:
         for name in ("least_images", "least_steps", "least_batch", "most_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"policy.{name}: got {getattr(self, name)}, need at least 1.")
-        if self.privacy is not None:  # a promise that cannot be kept must stop everything
-            raise ConfigError(
-                "policy.privacy: this medfl release has no differential privacy to hold a study to. Set null, or wait."
-            )
+        if self.privacy is not None:
+            _check_privacy(self.privacy)
+
+
+def _check_privacy(node: Node) -> None:
+    """A promise that cannot be kept must stop everything."""
+    if not {"max_epsilon"} <= node.keys() <= {"max_epsilon", "delta"}:
+        raise ConfigError(
+            f"policy.privacy: got {node!r}, need max_epsilon and perhaps delta, such as {{max_epsilon: 8.0}}, or null."
+        )
+    for name, most in {"max_epsilon": 1000.0, "delta": 0.1}.items():
+        value = node.get(name, most)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            raise ConfigError(f"policy.privacy.{name}: got {value!r}, need a number above 0, at most {most:g}.")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from medfl.report import (
     finetuned,
     panels,
     predictions,
+    privacy,
     remarks,
     scores,
     sections,
@@ -26,7 +27,17 @@ from medfl.report.template import CONTENTS, PAGE
 
 MOST = 8_000_000  # bytes of the page, pictures and all
 FRAME = 600  # bytes of the page around a picture
-OPTIONAL = ("finetuned", "predictions", "volumes", "pictures", "synthetic", "codebooks", "remarks", "compute")
+OPTIONAL = (
+    "finetuned",
+    "predictions",
+    "volumes",
+    "pictures",
+    "synthetic",
+    "codebooks",
+    "remarks",
+    "compute",
+    "privacy",
+)
 
 
 def write(run_dir: Path) -> Path:
@@ -79,6 +90,7 @@ def _values(run: Run) -> dict[str, Any]:
         "remarks": remarks.section(run),
         "compute": compute.section(run),
         "wire": sections.crossed(run),
+        "privacy": privacy.section(run),
         "refusals": sections.refusals(run),
         "provenance": sections.provenance(run),
         "limits": sections.limits(run, main),

@@ -159,6 +159,7 @@ def limits(run: Run, main: Comparison) -> list[str]:
         LIMITS["tuned"]: bool(measured & {*TUNED}),
         LIMITS["findings"]: any(OF_FINDING.fullmatch(score.metric) for score in run.scores),
         LIMITS["counts"]: bool(run.counts),
+        LIMITS["record"]: study_node(run, "privacy").get("mechanism") in (None, "none"),
     }
     always = [text for text in LIMITS.values() if text not in found]
     return [text for text, holds in found.items() if holds] + always

@@ -51,6 +51,7 @@ class Run:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     encoder: Mapping[str, Any] = field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()
+    audit: Mapping[str, Any] = field(default_factory=dict)  # of `medfl audit privacy`, where it was run
     hashes: Mapping[str, str] = field(default_factory=dict)  # file -> SHA-256 of what was read
     missing: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -86,6 +87,7 @@ def read_run(run_dir: Path) -> Run:
     crossings, bad_crossings = read_table(run_dir / "wire.csv", rows.crossing)
     sites, calibration, bad_sites = read_sites(run_dir / "sites.json")
     encoder, bad_encoder = read_json(run_dir / "encoder.json")
+    audit, bad_audit = read_json(run_dir / "audit.json")
     pictures = read_pictures(run_dir)
     read = {name: (run_dir / name).read_bytes() for name in FILES if name not in missing}
     read |= {picture.file: picture.content for picture in pictures}
@@ -102,10 +104,19 @@ def read_run(run_dir: Path) -> Run:
         calibration=calibration,
         encoder=encoder,
         pictures=pictures,
+        audit=audit,
         hashes={name: hashlib.sha256(content).hexdigest() for name, content in read.items()},
         missing=missing,
         problems=(
-            bad_config + bad_events + bad_scores + bad_transfers + bad_counts + bad_crossings + bad_sites + bad_encoder
+            bad_config
+            + bad_events
+            + bad_scores
+            + bad_transfers
+            + bad_counts
+            + bad_crossings
+            + bad_sites
+            + bad_encoder
+            + bad_audit
         ),
     )
 

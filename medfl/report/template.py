@@ -1,6 +1,7 @@
 """The page's HTML. A string, since only .py and .yaml files travel in the app bundle."""
 
 from medfl.report.template_closing import CLOSING, COMPUTE, WIRE
+from medfl.report.template_privacy import PRIVACY
 from medfl.report.template_results import ARMS, FINETUNED, PREDICTIONS, TRANSFER
 from medfl.report.template_rounds import CODEBOOKS, COLLAPSE, REMARKS, TRAINING
 from medfl.report.template_volumes import PICTURES, SYNTHETIC, VOLUMES
@@ -123,10 +124,11 @@ CONTENTS = (
     ("remarks", "Remarks"),
     ("compute", "Cost"),
     ("wire", "What left each site"),
+    ("privacy", "Privacy"),
     ("refusals", "Refusals"),
     ("provenance", "Provenance"),
     ("limits", "Limits"),
 )
 RESULTS = (ARMS, FINETUNED, PREDICTIONS, VOLUMES, TRANSFER, PICTURES)
-COURSE = (SYNTHETIC, TRAINING, COLLAPSE, CODEBOOKS, REMARKS, COMPUTE, WIRE, CLOSING)
+COURSE = (SYNTHETIC, TRAINING, COLLAPSE, CODEBOOKS, REMARKS, COMPUTE, WIRE, PRIVACY, CLOSING)
 PAGE = "".join((MACROS, HEAD, CARD, SITES, *RESULTS, *COURSE, "</main></body></html>\n"))

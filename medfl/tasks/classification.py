@@ -27,6 +27,7 @@ class Classification(Method):
 
     labelled = True
     views = 1
+    separable = True
 
     def __init__(self, *, encoder: nn.Module, classes: int | None, loss: str, freeze: bool) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ class MultiLabel(Method):
     labelled = True
     findings = True
     views = 1
+    separable = True
 
     def __init__(self, *, encoder: nn.Module, outputs: int | None, freeze: bool) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class MultiLabel(Method):
         del progress
         if labels is None:
             raise ValueError("MultiLabel: got no labels, need a row of findings for each image.")
-        loss = known_bce(self.classify(views[0]), labels)
+        loss = known_bce(self.classify(views[0]), labels, each=self.alone)
         return {"total": loss, "supervised": loss.detach()}
 
     def classify(self, images: Tensor) -> Tensor:
@@ -73,8 +74,14 @@ class MultiLabel(Method):
 
 
 @full_precision
-def known_bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits (B, L) over the known entries of labels (B, L); 0 where none is known."""
+def known_bce(logits: Tensor, labels: Tensor, *, each: bool = False) -> Tensor:
+    """Mean binary cross-entropy of logits (B, L) over the known entries of labels (B, L); 0 where none is known.
+
+    Args:
+        each: every image counts the same, however many of its entries are known.
+    """
     known = (labels >= 0).to(logits.dtype)
-    each = F.binary_cross_entropy_with_logits(logits, labels.clamp_min(0).to(logits.dtype), reduction="none")
-    return (each * known).sum() / known.sum().clamp_min(1)
+    found = F.binary_cross_entropy_with_logits(logits, labels.clamp_min(0).to(logits.dtype), reduction="none") * known
+    if each:
+        return (found.sum(1) / known.sum(1).clamp_min(1)).mean()
+    return found.sum() / known.sum().clamp_min(1)

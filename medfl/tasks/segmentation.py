@@ -29,6 +29,7 @@ class Segmentation(Method):
     segments = True
     masked_only = True
     views = 1
+    separable = True
     encoder: ResNet
 
     def __init__(self, *, encoder: ResNet, labels: int | None, loss: str, freeze: bool) -> None:

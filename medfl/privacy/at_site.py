@@ -1,0 +1,108 @@
+"""Differential privacy at one site: every release is booked in its ledger before it is made."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medfl.errors import ConfigError, PolicyError
+from medfl.methods.base import Method
+from medfl.privacy import codes
+from medfl.privacy.accounting import BUCKET, PATIENT, Release
+from medfl.privacy.gradients import PrivateGradients
+from medfl.privacy.ledger import Ledger
+from medfl.privacy.secret import Secret
+from medfl.privacy.units import Units, bucket_key, units_of
+from medfl.study import Study
+from medfl.training import Device, Plan, Task
+
+
+class Guard:
+    """The privacy of a site's patients in one study.
+
+    Args:
+        method: one that `isolate` has been called on.
+        patients: (N,) codes of the site's training images.
+
+    Raises:
+        ConfigError: synthetic images, which were made of patients without any privacy.
+    """
+
+    def __init__(self, study: Study, site: str, method: Method, patients: Tensor) -> None:
+        if study.training.synthetic:
+            raise ConfigError(
+                "training.synthetic: images that were made of patients have no privacy to keep. Set it to 0, or take "
+                "privacy=none."
+            )
+        self.study, self.method, self.patients = study, method, patients
+        people = len(torch.unique(patients))
+        self.delta = study.privacy.delta or 1 / (10 * people)
+        self.ledger = Ledger.of(Path(study.state_dir), site)
+        self._key = bucket_key(self.ledger.path.with_suffix(".key"))
+
+    def units(self, task: Task) -> Units:
+        """Who is sampled in the steps of this task."""
+        patients = self.patients if task.patients is None else task.patients
+        return units_of(patients, self.study.privacy, batch=self.study.training.batch_size, key=self._key)
+
+    def book(self, releases: list[Release], *, stage: str, arm: str, number: int, last: bool) -> dict[str, float]:
+        """Write down what is about to be released; the numbers that may be told of it.
+
+        Args:
+            last: whether the last round of the arm: then the tighter accountant is told too.
+
+        Raises:
+            PrivacyError: the budget does not allow it.
+        """
+        if not releases:
+            return {}
+        privacy, study = self.study.privacy, self.study.study_id or "simulation"
+        total = self.ledger.book(
+            releases, self.delta, privacy.max_epsilon, study=study, tight=last, stage=stage, arm=arm, round=number
+        )
+        told = {"site/epsilon_rdp": total.rdp, "site/delta": self.delta}
+        tight = {"site/epsilon": total.epsilon} if last else {}
+        return told | tight
+
+    def of_training(self, task: Task, steps: int) -> list[Release]:
+        privacy, units = self.study.privacy, self.units(task)
+        unit = PATIENT if privacy.mechanism == "patient" else BUCKET
+        return [Release(unit, privacy.noise, units.rate, steps)]
+
+    def of_codes(self) -> list[Release]:
+        """Of a refresh pass; a method without codebooks releases nothing there."""
+        return [Release(PATIENT, self.study.privacy.codes_noise, self._rate, 1)] if self.method.codebooks() else []
+
+    def gradients(self, task: Task, plan: Plan, where: Device) -> PrivateGradients:
+        return PrivateGradients(self.method, task, plan, where, self.study.privacy, self.units(task))
+
+    @property
+    def _rate(self) -> float:
+        return min(1.0, self.study.rounds.refresh_volumes / len(self.patients))
+
+    @torch.no_grad()
+    def codes(self, images: Tensor, where: Device) -> dict[str, Tensor]:
+        """The noised sums of the codebooks over a Poisson sample of the patients; {} without codebooks."""
+        if not self.method.codebooks():
+            return {}
+        secret, privacy = Secret(), self.study.privacy
+        units = units_of(self.patients, privacy, batch=1, key=self._key).patients
+        rows = [secret.some(units[int(place)], privacy.images) for place in secret.chosen(len(units), self._rate)]
+        owners = torch.cat([torch.full((len(part),), place) for place, part in enumerate(rows)] or [torch.empty(0)])
+        shares = torch.cat([torch.full((len(part),), 1 / len(part)) for part in rows] or [torch.empty(0)])
+        chosen = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        self.method.train()
+        with codes.PatientSums(self.method, max(1, len(rows)), privacy.codes_clip) as sums, where.autocast():
+            for part in torch.split(torch.arange(len(chosen)), self.study.training.batch_size):
+                sums.owners, sums.shares = owners[part].long().to(where.device), shares[part].to(where.device)
+                self.method.observe(images[chosen[part].to(images.device)].to(where.device), 0.0)
+        sums.fill(where.device)
+        return codes.released(sums.rows, self.method, privacy, secret)
+
+
+def refuse_seeds() -> None:
+    """
+    Raises:
+        PolicyError: always: centres of a site's tokens are no private release.
+    """
+    raise PolicyError("under differential privacy the first codebook comes from public images. Nothing was sent.")

@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from medfl.errors import ConfigError
-from medfl.study import Evaluation, Finetune, Node, Rounds, Study, Synthesis, Training
+from medfl.secagg.scope import check
+from medfl.study import Evaluation, Finetune, Node, Rounds, Secagg, Study, Synthesis, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = (
     *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
-    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune"),
+    *("training", "rounds", "secagg", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune"),
 )
 NODES = ("data", "sites", "views", "method", "task", "rule", "server_optimizer")
 BUILDABLE = (
@@ -122,7 +123,7 @@ def parse(text: str) -> Study:
     for name in ("stages", "arms"):
         if not isinstance(tree[name], list):
             raise ConfigError(f"{name}: got {tree[name]!r}, need a list such as [{name[:-1]}].")
-    return Study(
+    study = Study(
         seed=tree["seed"],
         stages=tuple(tree["stages"]),
         arms=tuple(tree["arms"]),
@@ -134,12 +135,15 @@ def parse(text: str) -> Study:
         state_dir=str(tree["run"].get("state_dir") or Path(tree["run"]["dir"]) / "sites"),
         training=Training.read(tree["training"], "training"),
         rounds=Rounds.read(tree["rounds"], "rounds"),
+        secagg=Secagg.read(tree["secagg"], "secagg"),
         evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
         synthesis=Synthesis.read(tree["synthesis"], "synthesis"),
         finetune=Finetune.read(tree["finetune"], "finetune"),
         source=text,
         **{name: tree[name] for name in NODES},
     )
+    check(study)
+    return study
 
 
 def build(node: Node, **extra: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medfl import codebooks, seeding
 from medfl.codebooks import Book
@@ -60,6 +61,16 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
                 "Lower rounds.codebook_images or the number of codes."
             )
         found[name] = codebooks.union(parts, kind.codes, seeding.generator(seed, "codebook", name))
+    return found
+
+
+def drawn(books: Mapping[str, Book], seed: int) -> dict[str, Book]:
+    """First codebooks in random directions, of the study's seed alone; Lloyd's steps on sums bring them to the data."""
+    found = {}
+    for name, book in books.items():
+        draw = seeding.generator(seed, "codebook", name)
+        codes = F.normalize(torch.randn(book.sums.shape, dtype=book.sums.dtype, generator=draw), dim=1)
+        found[name] = Book(torch.ones_like(book.counts), codes)
     return found
 
 

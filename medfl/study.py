@@ -1,5 +1,6 @@
 """A study: one resolved configuration, typed. Everything below `config.py` sees these classes, never a DictConfig."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
@@ -99,6 +100,30 @@ class Rounds(Section):
     max_update: float  # largest L2 norm of an update, in units of the broadcast's
     max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
     keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Secagg(Section):
+    """Secure aggregation: the server gets sums over the sites in place of their updates."""
+
+    active: bool
+    least: int  # sites behind every sum
+    threshold: float  # share of the sites that began a sum, without which nobody can finish it
+    update_range: float  # largest change of a weight in one round
+    sum_range: float  # largest plain sum of one site
+
+    def __post_init__(self) -> None:
+        if self.least < 3:
+            raise ConfigError(f"secagg.least: got {self.least}, need at least 3: of two, each knows the other's part.")
+        if not 0.5 < self.threshold <= 1:
+            raise ConfigError(f"secagg.threshold: got {self.threshold}, need a share above 0.5, up to 1.")
+        for name in ("update_range", "sum_range"):
+            if not 0 < (value := getattr(self, name)) < 1e15:
+                raise ConfigError(f"secagg.{name}: got {value:g}, need a number above 0 and below 1e15.")
+
+    def needed(self, sites: int) -> int:
+        """How many of the sites that began a sum must be there at its end."""
+        return max(math.ceil(self.threshold * sites), sites // 2 + 1, self.least)
 
 
 @dataclass(frozen=True)
@@ -213,6 +238,7 @@ class Study:
     synthesis: Synthesis
     training: Training
     rounds: Rounds
+    secagg: Secagg
     evaluation: Evaluation
     finetune: Finetune
     source: str

@@ -22,7 +22,7 @@ def check(study: Study) -> None:
 def _refusals(study: Study) -> Iterator[str]:
     rule = str(study.rule.get("_target_")).rpartition(".")[2]
     if rule not in SUMS:
-        yield f"rule={rule} needs the update of each site, the server has only their sum. Take rule=weighted_mean."
+        yield f"the rule {rule} needs the update of each site, the server has their sum. Take rule=weighted_mean."
     if odd := [arm for arm in study.arms if arm not in ARMS]:
         yield f"arm '{odd[0]}' is a network of one place, sent to the server. Take arms=[random,federated]."
     if study.rounds.codebook == "mean":

@@ -1,7 +1,8 @@
 """Secure aggregation against plain averaging: bytes and seconds of one round.
 
 The product's own exchanges, gates, steps and sums, over sites that hold random numbers in place of training, one after
-another in one process. A site's seconds are the mean of all; the server's are those of the round without the sites'.
+another in one process on one thread. Seconds are of the processor, so that other work on the machine counts little; a
+site's are the mean of all, the server's are those of the round without the sites'.
 
     PYTHONPATH=. python benchmarks/secagg.py [--sites 4,8,16] [--values 100000,1000000,11000000] [--json FILE]
 """
@@ -14,8 +15,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from flwr.app import Message, RecordDict
 from harness import machine, write
+from threadpoolctl import threadpool_limits
 
 from medfl.layout import Layout
 from medfl.methods.base import Claim, Role
@@ -33,9 +36,9 @@ class TimedGrid(LossyGrid):
     seconds = up = down = 0.0
 
     def deliver(self, message: Message) -> Message:
-        began = time.perf_counter()
+        began = time.process_time()
         reply = super().deliver(message)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
         self.down += size(message.content)
         self.up += 0 if reply.has_error() else size(reply.content)
         self.received.clear()
@@ -81,9 +84,9 @@ def timed(sites: Sites, act: Callable[[Sites], object], lost: set[tuple[str, int
         grid = TimedGrid(sites.app(), count)
         grid.lost = lost
         sites.federation = type(sites.federation)(grid, sites.study, sites.federation.folder)
-        began = time.perf_counter()
+        began = time.process_time()
         act(sites)
-        whole = time.perf_counter() - began
+        whole = time.process_time() - began
         rows.append(
             {"site_s": grid.seconds / count, "server_s": whole - grid.seconds, "up": grid.up, "down": grid.down}
         )
@@ -128,7 +131,8 @@ def main() -> None:
     given = options.parse_args()
     counts, lengths = ([int(word) for word in text.split(",")] for text in (given.sites, given.values))
     print(HEAD, "|---" * HEAD.count(" | ") + "|---|", sep="\n")
-    with TemporaryDirectory() as folder:
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder, threadpool_limits(1):
         timed(sites_of(Path(folder) / "first", 4, 1000, active=False), averaged, set(), 1)  # first touch of kernels
         rows = measure(Path(folder), counts, lengths, given.repeats)
     if given.json:

@@ -248,20 +248,18 @@ def test_what_a_site_keeps_of_a_sum_is_for_it_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
 
 
-def test_a_round_repeated_with_other_sites_is_not_summed(tmp_path: Path) -> None:
+def test_a_round_repeated_with_other_sites_or_weights_is_not_summed(tmp_path: Path) -> None:
     """Else the difference of the two sums would be one site's update."""
-    table = Table(tmp_path)
-    for gone in ([], ["site-3"]):
-        table.receive("site-0", table.share(table.begin()))
-        if gone:
-            with pytest.raises(
-                PolicyError, match=r"site-3 was given before, and is asked for over .*site-2: their diff"
-            ):
-                table.reveal("site-0", table.names[:3], gone)
-        else:
-            table.reveal("site-0", table.names, gone)
+    table, names = Table(tmp_path), [f"site-{at}" for at in range(4)]
     table.receive("site-0", table.share(table.begin()))
-    assert table.reveal("site-0", table.names, [])
+    table.reveal("site-0", names, [])
+    other: dict[str, dict[str, float]] = {"site-1": {WEIGHTS: 0.1}}
+    for alive, changes in ((names[:3], {}), (names, other)):
+        table.receive("site-0", table.share(table.begin(**changes)))
+        with pytest.raises(PolicyError, match=r"site-3 was given before, and is asked for over .* other weights"):
+            table.reveal("site-0", alive, sorted(set(names) - set(alive)))
+    table.receive("site-0", table.share(table.begin()))
+    assert table.reveal("site-0", names, [])
 
 
 def cut(sealed: dict[str, dict[str, bytes]]) -> None:

@@ -10,7 +10,8 @@ from medfl.errors import ConfigError, DivergedError
 UNSIGNED = {"float32": "uint32", "float64": "uint64"}
 SIGNED = {"uint32": "int32", "uint64": "int64"}
 LEAST_POWER = 8  # bits behind the point
-CHUNK = 1 << 16  # elements
+CHUNK = 1 << 13  # elements: stays in the cache, and is too small for BLAS to start threads
+ROUNDED = 1000  # units that roundings of all sites add up to at most
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,6 @@ class Scale:
         """
         signed = total.view(SIGNED[self.dtype])
         most = 1 << (8 * signed.itemsize - 2)
-        if signed.size and (int(signed.max()) > most + CHUNK or int(signed.min()) < -most - CHUNK):
+        if signed.size and (int(signed.max()) > most + ROUNDED or int(signed.min()) < -most - ROUNDED):
             raise ValueError("the sum is beyond what its parts can add up to: a mask is left in it")
         return np.ldexp(signed.astype(np.float64), -self.power)

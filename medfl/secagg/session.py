@@ -10,8 +10,9 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from medfl.errors import PolicyError
+from medfl.errors import DataError, PolicyError
 from medfl.files import sync_folder, write_bytes
 from medfl.layout import Layout
 from medfl.provision.keys import write_private
@@ -47,9 +48,10 @@ class Session:
         """
         Raises:
             PolicyError: the session is not the last one, or over.
+            DataError: its file is damaged.
         """
         file = folder / "sum.json"
-        tree = json.loads(file.read_text()) if file.exists() else {}
+        tree = _read(file)
         if not tree or tree["ticket"]["session"] != session:
             raise PolicyError("the request is of a sum that is over or was never begun here. Nothing was sent.")
         held = {name: (key, own) for name, (key, own) in tree.pop("held").items()}
@@ -126,7 +128,7 @@ class Session:
         if {*alive, *gone} != self.held.keys() or set(alive) & set(gone) or len(self.held) < 2:
             raise PolicyError("unmasking of other sites than those that shared their secrets. Nothing was sent.")
         self._check_left(roster, alive, answers, settings)
-        self._only_once(sorted(alive))
+        self._only_once(roster, sorted(alive))
         self.file.unlink()
         sync_folder(self.file.parent)
         return {
@@ -144,14 +146,15 @@ class Session:
             raise PolicyError("this site has sent no shares in this sum. Nothing was sent.")
         return Roster.read(self.roster)
 
-    def _only_once(self, alive: list[str]) -> None:
-        """A round that is repeated with other sites would show the difference: the update of those who are new."""
-        file = self.file.with_name("sums.json")
-        before = json.loads(file.read_text()) if file.exists() else {}
-        if before.setdefault(name := f"{self.ticket.kind} {self.ticket.round}", alive) != alive:
+    def _only_once(self, roster: Roster, alive: list[str]) -> None:
+        """A round repeated with other sites or weights would show the difference: updates of single sites."""
+        file, name = self.file.with_name("sums.json"), f"{self.ticket.kind} {self.ticket.round}"
+        before, asked = _read(file), {site: dict(roster.sites[site].weights) for site in alive}
+        if before.setdefault(name, asked) != asked:
             raise PolicyError(
                 f"{name}: the sum over {', '.join(before[name])} was given before, and is asked for over "
-                f"{', '.join(alive)}: their difference is of single sites. Let the same sites answer again."
+                f"{', '.join(alive)}, or with other weights: the difference is of single sites. Let the same sites "
+                "answer again."
             )
         write_bytes(file, json.dumps(before).encode())
 
@@ -167,3 +170,17 @@ class Session:
         write_private(draft, json.dumps(tree).encode())
         draft.replace(self.file)
         sync_folder(self.file.parent)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        tree = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise DataError(f"{file} is damaged. Restore it from a backup, or remove it to go on without what it says.")
+    return tree

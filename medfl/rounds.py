@@ -223,9 +223,9 @@ def weights_for(server: Server, study: Study, sites: Sequence[Enrolled], steps: 
             seen = {name: min(named[name].volumes, steps * study.training.batch_size) for name in names}
             volumes = {n: v * named[n].share(slots[0].owner, needed) for n, v in seen.items()}
             held = {name: 1.0 if uniform else volume for name, volume in volumes.items() if volume}
-            if held:
-                shares = rules.site_weights(list(held.values()), 1.0 if uniform else study.rounds.max_share)
-                found[group] = dict(zip(held, shares, strict=True))
+            cap = 1.0 if uniform else study.rounds.max_share
+            shares = rules.site_weights(list(held.values()), cap) if held else []
+            found[group] = dict(zip(held, shares, strict=True))
         return found
 
     return weigh

@@ -111,7 +111,10 @@ class Roster:
         """
         count = len(self.sites)
         if not settings.least <= count <= MOST_SITES:
-            raise PolicyError(f"a sum over {count} sites: secagg.least asks for {settings.least}. Nothing was sent.")
+            raise PolicyError(
+                f"a sum over {count} sites: secagg.least asks for {settings.least}, at most {MOST_SITES} can be. "
+                "Nothing was sent."
+            )
         keys = [key for entry in self.sites.values() for key in (entry.sealing, entry.masking)]
         if len(set(keys)) < len(keys):
             raise PolicyError("two sites of a sum have one key, so they may be one. Nothing was sent.")
@@ -133,7 +136,8 @@ class Roster:
             behind = len(self.behind(slot.name, slot.owner, going))
             if 0 < behind < settings.least:
                 raise PolicyError(
-                    f"{slot.name}: a sum over {behind} sites, secagg.least asks for {settings.least}. Nothing was sent."
+                    f"{slot.name}: a sum over {behind} sites, secagg.least asks for {settings.least}. Nothing was "
+                    "sent. More sites must hold what it is trained on, or take secagg.active=false."
                 )
 
     def check_signed(self, site: str, peers: Mapping[str, str]) -> None:

@@ -51,15 +51,17 @@ def seal(key: bytes, text: bytes, context: bytes) -> bytes:
     return ChaCha20Poly1305(key).encrypt(bytes(12), text, context)
 
 
-def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
-    """
+def unseal(key: bytes, sealed: bytes, context: bytes, maker: str) -> bytes:
+    """What site `maker` sealed.
+
     Raises:
         CredentialError: tampered with, or sealed for another round or site.
     """
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, context)
     except InvalidTag:
-        raise CredentialError("a sealed share is of another site or round, or was changed. Nothing was sent.") from None
+        text = f"the share that site '{maker[:40]}' sealed is of another site or round, or was changed."
+        raise CredentialError(f"{text} Nothing was sent.") from None
 
 
 def add(total: np.ndarray, seed: bytes, purpose: str, *, sign: int) -> None:

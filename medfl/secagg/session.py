@@ -38,6 +38,8 @@ class Session:
     @classmethod
     def begin(cls, folder: Path, site: str, ticket: Ticket) -> "Session":
         """Fresh secrets; what was left of an earlier sum goes."""
+        for draft in folder.glob(".*sum.*"):  # of a crash
+            draft.unlink()
         sealing, masking, own = masks.new_secret(), masks.new_secret(), secrets.token_bytes(masks.SEED)
         session = cls(folder / "sum.json", site, ticket, sealing.hex(), masking.hex(), own.hex())
         session._save()
@@ -107,7 +109,7 @@ class Session:
         self._check_left(roster, sealed, answers, settings)
         for maker in sealed.keys() - {self.site}:
             key = self._sealing_key(roster, maker, maker, self.site)
-            pair = masks.unseal(key, sealed[maker].get(self.site, b""), roster.context)
+            pair = masks.unseal(key, sealed[maker].get(self.site, b""), roster.context, maker)
             self.held[maker] = (pair[: shamir.BYTES].hex(), pair[shamir.BYTES :].hex())
         self._save()
         seeds = {

@@ -10,9 +10,12 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file
 
 from client.app import app as client
+from medfl.deployment.review import review
 from medfl.errors import NetworkError
 from medfl.layout import Flat
 from medfl.messages import Answer, Broadcast
+from medfl.onsite.site_file import SiteFile
+from medfl.provision.documents import Invitation
 from medfl.run_folder import RunFolder
 from medfl.secagg.fixed import Scale
 from medfl.site import Site
@@ -156,6 +159,11 @@ def test_real_sites_take_only_peers_whose_keys_they_know(tmp_path: Path) -> None
 
     for name in NAMES:
         know(name, {peer: key for peer, key in keys.items() if peer != name})
+    page = review(SiteFile.read(study.sites["alpha"]), Invitation.read(study.lead / "invitation.json"))
+    assert {row.request: row.times for row in page.asked if {"masked", "share", "key"} & row.bytes.keys()} == {
+        "train.pretrain": 1, "query.refresh": 1, "query.keys": 2, "query.shares": 2, "query.unmask": 2,
+    }  # fmt: skip
+    assert not any({"parameter", "statistics"} & row.bytes.keys() for row in page.asked)
     folder = study.run(stages="pretrain", grid=SealedGrid)
     up = [row for row in folder.wire_rows() if row["direction"] == "up"]
     assert {row["role"] for row in up if row["stage"] == "pretrain"} == {"masked", "metric"}

@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from medfl import admission
 from medfl.messages import Answer, Broadcast
 from medfl.mods import always_reply
+from medfl.secagg import at_site
 from medfl.site import Site, open_site
 
 app = ClientApp(mods=[always_reply])
@@ -16,8 +17,8 @@ app = ClientApp(mods=[always_reply])
 def _answer(message: Message, context: Context, act: Callable[[Site, Broadcast], Answer]) -> Message:
     admitted = admission.admit(message, context)
     site = open_site(admitted.source, admitted.partition)
-    answer = act(site, admitted.broadcast)
-    return Message(admission.release(admitted, answer, site.leaves(admitted.kind)), reply_to=message)
+    answer, layout = at_site.answered(site, admitted.kind, admitted.broadcast, act)
+    return Message(admission.release(admitted, answer, layout), reply_to=message)
 
 
 @app.query("describe")
@@ -48,6 +49,24 @@ def refresh(message: Message, context: Context) -> Message:
 def seed_codebooks(message: Message, context: Context) -> Message:
     """Centres of this site's tokens, for the first codebook."""
     return _answer(message, context, Site.seed_codebooks)
+
+
+@app.query("keys")
+def offer_keys(message: Message, context: Context) -> Message:
+    """Public keys for one sum over the sites, where updates are added under masks."""
+    return _answer(message, context, at_site.offer)
+
+
+@app.query("shares")
+def share_secrets(message: Message, context: Context) -> Message:
+    """Shares of this site's secrets, sealed for each other site."""
+    return _answer(message, context, at_site.share)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Shares that lift the masks of a sum."""
+    return _answer(message, context, at_site.unmask)
 
 
 @app.evaluate("probe")

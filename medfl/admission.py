@@ -24,6 +24,7 @@ from medfl.onsite.audit import Audit, parse_head
 from medfl.onsite.site_file import SiteFile
 from medfl.privacy.ledger import Ledger
 from medfl.provision.keys import load_signing_key
+from medfl.secagg.roster import Roster, signed_offer
 
 SITE_FILE, PARTITION = "site-file", "partition-id"  # keys of a node's configuration
 ANSWER_WITHIN = 86400.0  # s that a sealed answer counts
@@ -66,6 +67,8 @@ def admit(message: Message, context: Context) -> Admitted:
     _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
     if received["privacy"]["mechanism"] != "none":
         _check_ledger(site)
+    if kind == "shares" and site.policy.peers is not None:
+        Roster.read(broadcast.order.peers).check_signed(site.site, site.policy.peers)
     local = localized(received, site, approval)
     return Admitted(broadcast, kind, local, 0, site, approval.study_id, digest)
 
@@ -135,9 +138,12 @@ def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
         DivergedError: a tensor that is not finite.
     """
     egress.check(answer, layout)
-    record, site = answer.to_record(), admitted.site
+    site = admitted.site
     if site is None:
-        return record
+        return answer.to_record()
+    if admitted.kind == "keys":
+        answer = signed_offer(answer, admitted.broadcast.order, _key(site.signing_key))
+    record = answer.to_record()
     order, size = admitted.broadcast.order, sum(array.nbytes for array in answer.flat.values())
     if size > site.policy.most_bytes:
         raise PolicyError(f"the answer has {size} bytes, policy.most_bytes allows {site.policy.most_bytes}.")

@@ -16,12 +16,15 @@ import yaml
 
 from medfl.derived import converted
 from medfl.errors import ConfigError
-from medfl.study import Evaluation, Finetune, Node, Privacy, Rounds, Study, Synthesis, Training
+from medfl.protection import Privacy, Secagg
+from medfl.secagg.scope import check
+from medfl.study import Evaluation, Finetune, Node, Rounds, Study, Synthesis, Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = (
     *("seed", "stages", "arms", "run", "data", "sites", "views", "encoder", "method"),
-    *("training", "rounds", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune", "privacy"),
+    *("training", "rounds", "secagg", "rule", "server_optimizer", "evaluation", "synthesis", "task", "finetune"),
+    "privacy",
 )
 NODES = ("data", "sites", "views", "method", "task", "rule", "server_optimizer")
 BUILDABLE = (
@@ -124,7 +127,7 @@ def parse(text: str) -> Study:
     for name in ("stages", "arms"):
         if not isinstance(tree[name], list):
             raise ConfigError(f"{name}: got {tree[name]!r}, need a list such as [{name[:-1]}].")
-    return Study(
+    study = Study(
         seed=tree["seed"],
         stages=tuple(tree["stages"]),
         arms=tuple(tree["arms"]),
@@ -136,6 +139,7 @@ def parse(text: str) -> Study:
         state_dir=str(tree["run"].get("state_dir") or Path(tree["run"]["dir"]) / "sites"),
         training=Training.read(tree["training"], "training"),
         rounds=Rounds.read(tree["rounds"], "rounds"),
+        secagg=Secagg.read(tree["secagg"], "secagg"),
         evaluation=Evaluation.read(tree["evaluation"], "evaluation"),
         synthesis=Synthesis.read(tree["synthesis"], "synthesis"),
         finetune=Finetune.read(tree["finetune"], "finetune"),
@@ -143,6 +147,8 @@ def parse(text: str) -> Study:
         source=text,
         **{name: tree[name] for name in NODES},
     )
+    check(study)
+    return study
 
 
 def build(node: Node, **extra: Any) -> Any:

@@ -9,7 +9,8 @@ from medfl.layout import Layout, finite
 from medfl.messages import Answer
 from medfl.methods.base import Role
 
-LEAVES: Final = (Role.PARAMETER, Role.NORM_MOMENTS, Role.CODEBOOK, Role.TARGET, Role.STATISTICS)  # role table
+PLAIN: Final = (Role.PARAMETER, Role.NORM_MOMENTS, Role.CODEBOOK, Role.TARGET, Role.STATISTICS)
+LEAVES: Final = (*PLAIN, Role.MASKED, Role.KEY, Role.SHARE)  # role table
 FACTS: Final = ("held_out", "owners", "classes", "findings")  # of `describe`
 MOST_FACT, MOST_NAMES = 4000, 1000  # letters, items
 

@@ -140,6 +140,8 @@ def _rows(
     if direction == "down":
         size = len(order.study.encode())
         yield common | {"name": "study", "role": "order", "dtype": "text", "shape": str(size), "bytes": size}
+        if size := len(order.peers.encode()):
+            yield common | {"name": "peers", "role": "order", "dtype": "text", "shape": str(size), "bytes": size}
 
 
 def _refused_rows(request: Request, site: str, reply: Message) -> Iterator[dict[str, object]]:

@@ -15,7 +15,7 @@ from flwr.app import Array, Message, RecordDict
 from medfl import allowed
 from medfl.errors import MedflError
 from medfl.evaluation import counts
-from medfl.layout import DTYPES, Flat, Layout, finite
+from medfl.layout import DTYPES, WHOLE, Flat, Layout, finite
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
@@ -156,7 +156,7 @@ def _check_header(group: str, array: Array, size: int, expected: Expected) -> No
     dtype = group.rpartition("/")[2]
     got = (array.stype, array.dtype, tuple(array.shape), len(array.data))
     need = (RAW, dtype, (size,), size * np.dtype(dtype).itemsize)
-    if dtype not in DTYPES or got != need:
+    if dtype not in (*DTYPES, *WHOLE) or got != need:
         raise _refuse(expected, f"array {group!r} has (form, dtype, shape, bytes) = {str(got)[:120]}, need {need}.")
 
 

@@ -18,6 +18,7 @@ from medfl.layout import Flat
 SITE_ERROR = 1000  # the code of an error reply is this plus the exit code of the error
 DESCRIBE, REFRESH, SEED, EVALUATE = "query.describe", "query.refresh", "query.codebook", "evaluate.probe"
 PRETRAIN, FINETUNE, SYNTHESIZE = "train.pretrain", "train.finetune", "train.synthesize"
+KEYS, SHARES, UNMASK = "query.keys", "query.shares", "query.unmask"  # around a masked answer
 TRAIN = {"pretrain": PRETRAIN, "finetune": FINETUNE}  # by stage
 RAW = "medfl.raw"  # the arrays' serialisation type
 
@@ -36,6 +37,7 @@ class Order:
     layout: str  # digest of the layout of the tensors sent along
     nonce: str
     parent: str = ""  # lineage of what this one started from: a site that kept parts of it goes on with them
+    peers: str = ""  # secure aggregation: what this request says of the other sites, JSON
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from medfl import config, features, rules, server_books
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import DivergedError
-from medfl.exchange import Request, collect
+from medfl.exchange import Request
 from medfl.faults import point
 from medfl.gate import Update
 from medfl.layout import Flat, Layout, Tensors
@@ -17,6 +17,7 @@ from medfl.messages import REFRESH, SEED, TRAIN, Order
 from medfl.methods.base import Role
 from medfl.methods.phases import phase_of
 from medfl.run_folder import Event
+from medfl.secagg.at_server import REMARK, Weigh, collect_added, is_sum, of_all
 from medfl.server_books import Books
 from medfl.server_state import Server
 from medfl.study import Study
@@ -50,15 +51,15 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     request = Request(
         TRAIN[federation.stage], order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms
     )
-    updates = collect(federation, request, able)
+    updates, added = collect_added(federation, request, able, weights_for(server, study, able, steps, needed))
     point("before_aggregate")
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
     by_name = {site.name: site for site in able}
-    server.step(_aggregate(updates, by_name, server, config.partial(study.rule), study.rounds.max_share, needed))
+    server.step(_aggregate(added, by_name, server, config.partial(study.rule), study.rounds.max_share, needed))
     point("after_aggregate")
     server.round += 1
-    told = _take_sums(study, server, updates, weights, parts, server.round)
-    server.norms = (server.norms + [update.norm for update in updates])[-1000:]
+    told = _take_sums(study, server, added, weights, parts, server.round)
+    server.norms = (server.norms + [update.norm for update in updates if update.flat])[-1000:]
     seconds = time.perf_counter() - began
     federation.folder.write(_events(server, updates, weights, told, seconds=seconds, stage=federation.stage))
     point("after_round")
@@ -77,8 +78,8 @@ def _begin_phase(federation: Federation, server: Server) -> str:
 
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
     """Norm statistics and codebooks under the final weights, over all sites, and the monitors of the final encoder."""
-    updates = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
-    told = _take_sums(federation.study, server, updates, (), server.blueprint.sums, 0)
+    updates, added = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
+    told = _take_sums(federation.study, server, added, (), server.blueprint.sums, 0)
     monitors = [
         (update.site, name, value)
         for update in updates
@@ -93,18 +94,21 @@ def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -
 def seed_codebooks(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
     """The first codebooks: every site's own centres, clustered on the server, then Lloyd's steps on plain sums.
 
-    Under differential privacy those of public images: the rounds' noised sums move them on.
+    Where a site's centres may not be seen, those of public images; under differential privacy each step would cost.
     """
     if not server.books.kinds:
         return
-    if federation.study.privacy.on:
-        server.set_books(server_books.public(federation.study, server.tensors()))
+    study, seed = federation.study, federation.study.seed
+    if study.privacy.on or study.secagg.active:
+        server.set_books(server_books.public(study, server.tensors()))
+    else:
+        updates, _ = _ask(SEED, federation, server, sites, server.blueprint.seeds)
+        server.set_books(server_books.first(server.books.kinds, updates, server.blueprint.seeds, seed))
+    if study.privacy.on:
         return
-    updates = _ask(SEED, federation, server, sites, server.blueprint.seeds)
-    server.set_books(server_books.first(server.books.kinds, updates, server.blueprint.seeds, federation.study.seed))
     for _ in range(LLOYD):
-        updates = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
-        server.set_books(server_books.lloyd(server.get_books(), updates, server.blueprint.sums, federation.study.seed))
+        _, added = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
+        server.set_books(server_books.lloyd(server.get_books(), added, server.blueprint.sums, seed))
     images = 2 * federation.study.training.batch_size * len(sites)  # of one step everywhere, both views
     books = server.get_books()
     server.set_books({n: book.scaled(images * server.books.kinds[n].tokens) for n, book in books.items()})
@@ -116,19 +120,22 @@ def join_codebooks(federation: Federation, server: Server, members: int, joined:
     Args:
         members: sites so far.
     """
-    if not server.books.kinds or not joined or federation.study.privacy.on:
+    study = federation.study
+    if not server.books.kinds or not joined or study.privacy.on or study.secagg.active:
         return
     layout = server.blueprint.seeds
-    updates = _ask(SEED, federation, server, joined, layout)
+    updates, _ = _ask(SEED, federation, server, joined, layout)
     server.set_books(server_books.joined(server.get_books(), members, updates, layout, federation.study.seed))
     server.books = Books.start(server.books.kinds, {})  # an index means another code now
 
 
-def _ask(kind: str, federation: Federation, server: Server, sites: Sequence[Enrolled], answers: Layout) -> list[Update]:
-    """Sums under the present state, without training: `answers` is what each reply holds."""
+def _ask(
+    kind: str, federation: Federation, server: Server, sites: Sequence[Enrolled], answers: Layout
+) -> tuple[list[Update], list[Update]]:
+    """Sums under the present state, without training: `answers` is what each reply holds; as `collect_added`."""
     order = order_of(federation.study, server, server.round, 1)
     request = Request(kind, order, server.blueprint.sends, server.flat, answers, answers.digest, trains=False)
-    return collect(federation, request, sites)
+    return collect_added(federation, request, sites, lambda names: {})  # noqa: ARG005
 
 
 def _take_sums(
@@ -142,8 +149,10 @@ def _take_sums(
     """
     sums = _sum_statistics(updates, layout)
     server.set_moments(sums)
-    told = list(server_books.round_of(server.books, server.tensors(), updates, weights, layout, study, number))
-    return told + features.told(updates, layout)
+    shares = (1.0,) if is_sum(updates) else weights
+    told = list(server_books.round_of(server.books, server.tensors(), updates, shares, layout, study, number))
+    told += features.told(updates, layout)
+    return of_all(told) if is_sum(updates) else told
 
 
 def stop_if_collapsed(study: Study, server: Server) -> None:
@@ -195,6 +204,9 @@ def _aggregate(
     for group, slots in server.blueprint.sends.groups.items():
         if slots[0].role not in (Role.PARAMETER, Role.TARGET):
             continue
+        if is_sum(updates):
+            aggregate |= {group: updates[0].flat[group]} if group in updates[0].flat else {}
+            continue
         volumes = [u.volumes * sites[u.site].share(slots[0].owner, needed) * (group in u.flat) for u in updates]
         held = [(u.flat[group], v) for u, v in zip(updates, volumes, strict=True) if v]
         if held:
@@ -202,6 +214,27 @@ def _aggregate(
             before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
             aggregate[group] = rule([values for values, _ in held], weights, before)
     return aggregate
+
+
+def weights_for(server: Server, study: Study, sites: Sequence[Enrolled], steps: int, needed: str) -> Weigh:
+    """What `_aggregate` would weigh the sites' groups by, from what they enrolled with, before they answer."""
+    named = {site.name: site for site in sites}
+    uniform = str(study.rule["_target_"]).endswith(".uniform_mean")
+
+    def weigh(names: Sequence[str]) -> dict[str, dict[str, float]]:
+        found = {}
+        for group, slots in server.blueprint.sends.groups.items():
+            if slots[0].role not in (Role.PARAMETER, Role.TARGET):
+                continue
+            seen = {name: min(named[name].volumes, steps * study.training.batch_size) for name in names}
+            volumes = {n: v * named[n].share(slots[0].owner, needed) for n, v in seen.items()}
+            held = {name: 1.0 if uniform else volume for name, volume in volumes.items() if volume}
+            cap = 1.0 if uniform else study.rounds.max_share
+            shares = rules.site_weights(list(held.values()), cap) if held else []
+            found[group] = dict(zip(held, shares, strict=True))
+        return found
+
+    return weigh
 
 
 def _sum_statistics(updates: Sequence[Update], layout: Layout) -> Tensors:
@@ -229,7 +262,8 @@ def _events(
     rows = [event("", "round/seconds", seconds)]
     for update, weight in zip(updates, weights, strict=True):
         rows.append(event(update.site, "round/weight", weight))
-        rows.append(event(update.site, "round/update_norm", update.norm))
+        if update.flat:
+            rows.append(event(update.site, "round/update_norm", update.norm))
         rows += [event(update.site, name, value) for name, value in sorted(update.metrics.items())]
     means = _means(updates, weights)
     rows += [event("", name, value) for name, value in means.items()]
@@ -237,6 +271,8 @@ def _events(
     rows.append(event("", "round/sites", float(len(updates))))  # closes the round for those who watch
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
     remarks = [*server.blueprint.remarks(terms), *_index_alarms(told)]
+    if server.round == 1 and not any(update.flat for update in updates):
+        remarks.append(REMARK)
     if collapse := server.blueprint.alarm(terms):
         remarks.append(f"collapsed: {collapse}")
     server.alarms = server.alarms + 1 if collapse else 0

@@ -68,7 +68,7 @@ def first(kinds: Mapping[str, Kind], updates: Sequence[Update], layout: Layout, 
 
 
 def public(study: Study, tensors: Tensors) -> dict[str, Book]:
-    """The first codebooks under differential privacy: clusters of what the first weights make of phantoms.
+    """The first codebooks where a site's own centres may not be seen: clusters of the tokens of phantoms.
 
     Args:
         tensors: the global weights.
@@ -145,7 +145,7 @@ class Books:
         return codebooks.merge_increments(book, books, kind.decay, steps), sums
 
     def revive(
-        self, book: Book, name: str, sums: Mapping[str, CodeSums], study: Study, number: int
+        self, book: Book, name: str, sums: Mapping[str, CodeSums], study: Study, *, number: int, sites: int
     ) -> tuple[Book, int]:
         """Split the codes with most distortion into those that nobody has used for two rounds.
 
@@ -156,7 +156,7 @@ class Books:
         total = codebooks.add(list(sums.values()))
         share, tokens = DEAD, float(total.counts.sum())
         if study.privacy.on and tokens > 0:
-            noise = count_noise(study.privacy, len(self.kinds)) * self.kinds[name].tokens * math.sqrt(len(sums))
+            noise = count_noise(study.privacy, len(self.kinds)) * self.kinds[name].tokens * math.sqrt(sites)
             share = max(share, SIGMAS * noise * len(total.counts) / tokens)
         revived, self.idle[name], count = codebooks.revive(
             book, total, self.idle[name], share=share, patience=PATIENCE, most=MOST, generator=draw
@@ -195,7 +195,7 @@ def round_of(
         after, parts = books.merge(before, name, updates, weights, layout, mode, rounds.codebook_keep)
         revived = 0
         if 0 < number <= rounds.count - CALM:
-            after, revived = books.revive(after, name, parts, study, number)
+            after, revived = books.revive(after, name, parts, study, number=number, sites=len(weights))
         counts.copy_(after.counts)
         sums.copy_(after.sums)
         yield "", f"codebook/{name}/revived", float(revived)

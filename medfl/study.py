@@ -1,11 +1,10 @@
 """A study: one resolved configuration, typed. Everything below `config.py` sees these classes, never a DictConfig."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from dataclasses import dataclass
+from typing import Any
 
 from medfl.errors import ConfigError, one_of
+from medfl.protection import Privacy, Secagg, Section
 
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
 
@@ -24,36 +23,6 @@ def check_fractions(at: str, fractions: tuple[float, ...]) -> None:
     """
     if not fractions or not all(0.001 <= f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
         raise ConfigError(f"{at}: got {list(fractions)}, need shares from 0.001 to 1, each once, such as [0.1, 1.0].")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A typed part of the study; refuses unknown, missing and mistyped keys by name."""
-
-    @classmethod
-    def read(cls, node: Mapping[str, Any], at: str) -> Self:
-        wanted = {field.name: field.type for field in fields(cls)}
-        if strange := sorted(node.keys() - wanted.keys()):
-            raise ConfigError(f"{at}: got unknown key {strange[0]!r}, need only {', '.join(wanted)}. Remove it.")
-        if missing := sorted(wanted.keys() - node.keys()):
-            raise ConfigError(f"{at}: {missing[0]!r} is missing. Add it, as in configs/{at}/default.yaml.")
-        return cls(**{name: _typed(node[name], kind, f"{at}.{name}") for name, kind in wanted.items()})
-
-
-def _typed(value: Any, kind: Any, at: str) -> Any:
-    """`value` as `kind` (int passes for float); ConfigError otherwise."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if get_origin(kind) is UnionType:  # X | None
-        return None if value is None else _typed(value, get_args(kind)[0], at)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{at}: got {value!r}, need a list such as [a, b].")
-        return tuple(_typed(item, get_args(kind)[0], at) for item in value)
-    base = get_origin(kind) or kind
-    if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
-        raise ConfigError(f"{at}: got {value!r} ({type(value).__name__}), need {base.__name__}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -191,35 +160,6 @@ class Synthesis(Section):
 
 
 @dataclass(frozen=True)
-class Privacy(Section):
-    """Differential privacy at every site: of its patients, against everybody who sees what leaves it."""
-
-    mechanism: str  # none | patient | group
-    noise: float  # σ, in units of clip
-    clip: float  # C, largest L2 norm of one unit's gradient
-    bucket: int  # patients, on average; mechanism group
-    images: int  # most of one patient in a step
-    delta: float | None  # null: 1 / (10 patients of the site)
-    max_epsilon: float | None  # per patient; null: no limit
-    codes_noise: float  # σ of a release of the codebooks' sums
-    codes_clip: float  # largest distance of a token to its code
-
-    def __post_init__(self) -> None:
-        one_of("privacy.mechanism", self.mechanism, ("none", "patient", "group"))
-        for name in ("noise", "clip", "bucket", "images", "codes_noise", "codes_clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"privacy.{name}: got {getattr(self, name)}, need a number above 0.")
-        if self.delta is not None and not 0 < self.delta < 0.1:
-            raise ConfigError(f"privacy.delta: got {self.delta}, need a number in (0, 0.1), or null.")
-        if self.max_epsilon is not None and not self.max_epsilon > 0:
-            raise ConfigError(f"privacy.max_epsilon: got {self.max_epsilon}, need a number above 0, or null.")
-
-    @property
-    def on(self) -> bool:
-        return self.mechanism != "none"
-
-
-@dataclass(frozen=True)
 class Study:
     """All of a study. `source` is its YAML text: it travels to the sites and is parsed there again."""
 
@@ -243,6 +183,7 @@ class Study:
     privacy: Privacy
     training: Training
     rounds: Rounds
+    secagg: Secagg
     evaluation: Evaluation
     finetune: Finetune
     source: str

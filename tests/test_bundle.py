@@ -182,7 +182,7 @@ def test_a_spoilt_or_foreign_bundle_installs_nothing(
         sealed.seal(bundle)
         assert main(["install", str(bundle), "--into", str(into)]) == VersionError.exit_code
         assert new.split('"')[-2 if '"' in new else 0] in capsys.readouterr().err
-    for text in ("[]", "{}", whole.replace('"protocol": 1', '"protocol": "1"'), "[" * 100_000):
+    for text in ("[]", "{}", whole.replace(f'"protocol": {manifest.protocol}', '"protocol": "1"'), "[" * 100_000):
         path.write_text(text)
         sealed.seal(bundle)
         assert main(["install", str(bundle), "--into", str(into)]) == ConfigError.exit_code

@@ -30,7 +30,7 @@ from medfl.privacy.gradients import PrivateGradients, clipped_sum
 from medfl.privacy.ledger import Ledger
 from medfl.privacy.secret import Secret
 from medfl.privacy.units import Units, bucket_of, units_of
-from medfl.study import Privacy
+from medfl.protection import Privacy
 from medfl.training import Device, Plan, Task
 from tests.contract.conftest import CONFIGS, MULTIMODAL, SITES_KNOW
 

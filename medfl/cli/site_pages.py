@@ -22,6 +22,9 @@ REQUESTS = {
     "train.finetune": "a round of fine-tuning",
     "query.refresh": "sums under given weights",
     "query.codebook": "centres for the first codebook",
+    "query.keys": "public keys for one sum over the sites",
+    "query.shares": "shares of secrets, each sealed for one other site",
+    "query.unmask": "shares that lift the masks of the sum, and of no single site",
     "evaluate.probe": "scores on this site's test images",
     "train.synthesize": "counts of synthetic images, which stay here",
 }
@@ -34,6 +37,9 @@ ROLES = {  # what may leave -> its column, and what it is
     "codebook": ("code sums", "for each code that enough images use: count and sum over many images"),
     "target": ("slow copy", "weights of the slow copy that sets the training target"),
     "statistics": ("other sums", "sums over many images: products of features, counts of predictions for curves"),
+    "masked": ("masked", "weights and sums as whole numbers under masks, which only the sum over the sites is free of"),
+    "key": ("keys", "public keys of one sum"),
+    "share": ("shares", "shares of the secrets behind the masks"),
     "metric": ("numbers", "losses, scores and counts from a fixed list of names, 8 bytes each"),
 }
 STAYS = (

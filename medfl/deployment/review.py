@@ -1,7 +1,7 @@
 """What a study would do at this site, computed from its invitation: what runs, and what leaves, in bytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
@@ -11,7 +11,7 @@ from medfl.derived import derive_tree
 from medfl.errors import ConfigError
 from medfl.finetuning import AT_ONE_SITE, FROZEN
 from medfl.layout import Layout, Policy, counts_layout, seed_layout, study_claims, update_layout
-from medfl.messages import DESCRIBE, EVALUATE, REFRESH, SEED, SYNTHESIZE, TRAIN
+from medfl.messages import DESCRIBE, EVALUATE, KEYS, REFRESH, SEED, SHARES, SYNTHESIZE, TRAIN, UNMASK
 from medfl.methods.base import Method, Role
 from medfl.onsite.approvals import forbidden
 from medfl.onsite.policy import method_name, private
@@ -19,12 +19,19 @@ from medfl.onsite.site_file import SiteFile
 from medfl.provision.app import differences, version_of
 from medfl.provision.documents import Invitation
 from medfl.rounds import LLOYD
+from medfl.secagg import layouts, shamir
 from medfl.study import Study
 from medfl.workshop import new_method
 
 UNKNOWN = 2  # classes, or labels of masks, where neither study nor site says how many
 METRIC_BYTES = 8
 METRICS = 60  # numbers of an answer, about
+SITES = 16  # for the size of shares, of which there is one for each site
+AROUND = {  # bytes by role of the steps around a masked answer
+    KEYS: {"key": layouts.OFFER + layouts.SIGNATURE},
+    SHARES: {"share": SITES * layouts.SEALED},
+    UNMASK: {"share": SITES * shamir.BYTES},
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def review(site: SiteFile, invitation: Invitation) -> Review:
         raise ConfigError(f"this medfl {__version__} cannot build the study's method: {error}.") from None
     policy = Policy.of(method, study.rounds)
     outputs, assumed = _outputs(site, study)
-    asked = [row for row in _asked(study, method, policy, outputs) if row.times]
+    asked = [row for row in _hidden(study, _asked(study, method, policy, outputs)) if row.times]
     review = Review(
         study_id=invitation.study_id,
         name=invitation.name,
@@ -143,6 +150,23 @@ def _asked(study: Study, method: Method, policy: Policy, outputs: Mapping[str, i
         classes, plan = outputs.get("classes", 0), study.evaluation
         protocols = plan.predicting or ("classifier",)
         yield _row("evaluate", EVALUATE, scored, counts_layout(protocols, classes if plan.counts else 0))
+
+
+def _hidden(study: Study, rows: Iterable[Asked]) -> Iterator[Asked]:
+    """The same answers under secure aggregation, where the study has it: masked, with the steps around each."""
+    steps: dict[tuple[str, str], Asked] = {}
+    for row in rows:
+        if not study.secagg.active or row.request not in (*TRAIN.values(), REFRESH, SEED):
+            yield row
+            continue
+        if row.request == SEED:
+            continue
+        numbers = row.bytes["metric"]
+        yield replace(row, bytes={"masked": sum(row.bytes.values()) - numbers, "metric": numbers})
+        for request, sizes in AROUND.items():
+            before = steps.get((row.stage, request), Asked(row.stage, request, 0, sizes))
+            steps[row.stage, request] = replace(before, times=before.times + row.times)
+    yield from steps.values()
 
 
 def _row(stage: str, request: str, times: int, layout: Layout) -> Asked:

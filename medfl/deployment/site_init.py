@@ -44,6 +44,7 @@ policy:                           # what a study may ask; one that asks for more
   least_steps: {least_steps}      # optimizer steps in a round
   least_batch: {least_batch}      # images in a step
   most_bytes: {most_bytes}        # of one answer
+  peers: null                     # under secure aggregation: other sites' signing keys, name: key; null: unchecked
   privacy: null                   # {{max_epsilon: 8.0}}: ask for differential privacy, and stop at this ε per patient
 
 limits:                          # when this site helps itself

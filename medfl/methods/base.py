@@ -29,7 +29,10 @@ class Role(StrEnum):
     QUEUE = "queue"
     LOCAL = "local"
     FIXED = "fixed"
-    STATISTICS = "statistics"  # plain sums for the monitors; no tensor of a method has this role
+    STATISTICS = "statistics"  # plain sums for the monitors; no tensor of a method has this or a later role
+    MASKED = "masked"  # whole numbers under masks, for sums over the sites
+    KEY = "key"  # public keys of one sum
+    SHARE = "share"  # shares of the secrets behind masks
 
 
 @dataclass(frozen=True)

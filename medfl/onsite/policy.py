@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 STAGES = {  # request, without its kind -> stages of which one must be allowed
     "pretrain": ("pretrain",), "refresh": ("pretrain", "finetune"), "codebook": ("pretrain",),
+    "keys": ("pretrain", "finetune"), "shares": ("pretrain", "finetune"), "unmask": ("pretrain", "finetune"),
     "finetune": ("finetune",), "probe": ("evaluate", "transfer"), "synthesize": ("synthesize",),
 }  # fmt: skip
 NEEDED = ("pretrain", "finetune", "evaluate", "transfer", "synthesize")  # stages that ask something of a site

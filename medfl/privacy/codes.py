@@ -16,7 +16,7 @@ from medfl.methods.base import Method
 from medfl.methods.tokens import AtQuantizers, TokenSample
 from medfl.models.quantizer import Quantizer, kmeans
 from medfl.privacy.secret import Secret
-from medfl.study import Privacy
+from medfl.protection import Privacy
 
 PARTS = 3  # counts, residuals and energies of a patient, each at most 1 long
 SIGMAS = 3.0  # deviations below which a count is taken for noise

@@ -1,7 +1,8 @@
 """What a whole study would cost the patients of one site, before it starts."""
 
 from medfl.privacy.accounting import BUCKET, PATIENT, Release
-from medfl.study import Privacy, Study
+from medfl.protection import Privacy
+from medfl.study import Study
 
 ONE_SITE = ("finetune", "head")  # protocols whose network sees one site alone, for everybody's steps
 

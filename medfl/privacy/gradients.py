@@ -16,7 +16,7 @@ from medfl.errors import ConfigError
 from medfl.methods.base import Method
 from medfl.privacy.secret import Secret
 from medfl.privacy.units import Units
-from medfl.study import Privacy
+from medfl.protection import Privacy
 from medfl.training import Device, Plan, Task, losses_of
 
 CHUNK = 16  # images whose own gradients are in memory together

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medfl.study import Privacy
+from medfl.protection import Privacy
 
 
 @dataclass(frozen=True)

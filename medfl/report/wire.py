@@ -10,7 +10,7 @@ from medfl.report.tables import Run
 from medfl.report.words import taken_apart
 
 STAYS = ("queue", "local", "fixed")  # roles that never leave a site
-TRAVELS = ("parameter", "norm_moments", "codebook", "target", "statistics")
+TRAVELS = ("parameter", "norm_moments", "codebook", "target", "statistics", "masked", "key", "share")
 METRIC = "metric"
 CENTRAL = "central"  # what a simulation calls the place with all data: no site
 ENDS = re.compile(r"/(value|low|high)$")  # of a metric's name
@@ -20,6 +20,9 @@ WORDS = {
     "codebook": "codebook counts and sums over many images",
     "target": "weights of the slow copy that sets the training target",
     "statistics": "sums over many images: features for the monitors, counts of predictions for curves",
+    "masked": "whole numbers under masks: they say nothing until those of all sites are added up",
+    "key": "public keys of one sum",
+    "share": "shares of the secrets behind masks, sealed for another site or of no further use",
     "metric": "single numbers, named below",
     "order": "the study and what to run",
     "queue": "features of single patients",

@@ -95,7 +95,7 @@ def _inspect(study: Study, sends: Layout, names: Sequence[str], ballot: Ballot, 
         odd, along, times = strange[place], float(agreed[place]), float(lengths[place]) / usual
         judged.told += [(name, "inspect/strangeness", odd), (name, "inspect/agreement", along)]
         signs = {
-            f"its encoder sees the inspection images otherwise (score {odd:.1f}, up to {inspector.THRESHOLD:g} is usual)":
+            f"its encoder sees the inspection images otherwise (score {odd:.1f}, usual up to {inspector.THRESHOLD:g})":
                 odd > inspector.THRESHOLD,
             f"it points against the others' (median cosine {along:.2f})": along < opposed,
             f"it is {times:.1f} times as long as the median": times > LONG,

@@ -200,7 +200,7 @@ def runs(part: str, seed: int) -> list[Run]:
             words = {kind: (*differ, "rounds.inspect=exclude") for kind, differ in HONEST.items()}
             found += [Run(part, sites, "none", kind, given, seed) for kind, given in words.items()]
             continue
-        for attack in ("none", *ATTACKS[part, sites]):
+        for attack in ("none", *ATTACKS[part, sites]) if ATTACKS[part, sites] else ():
             chosen = {n: w for n, w in defences(len(bad)).items() if attack not in REFUSED or n in REFUSED[attack]}
             found += [Run(part, sites, attack, name, words, seed) for name, words in chosen.items()]
     return found

@@ -14,8 +14,9 @@ its data. Server and sites are the product's own.
 - labels: classes exchanged, in federated fine-tuning of the clean encoder.
 
 AUC is that of a linear probe on the frozen encoder (labels: of the fine-tuned network) on the good sites' own test
-images, mean over them; "stops" where the rule refuses to go on. Trigger: of the good sites' test images of the first
-class, how many more a probe on their clean images takes for the second class when the square is in them.
+images, mean over them, the same sites without an attack; "stops" where the rule refuses to go on. Loss: NT-Xent of the
+last round there. Trigger: of the good sites' test images of the first class, how many more a probe on their clean
+images takes for the second class when the square is in them.
 """
 
 import argparse
@@ -62,7 +63,7 @@ GROUP = "all/float32"
 FEDERATIONS = {5: ("site-2",), 8: ("site-2", "site-3")}  # sites -> the bad ones
 HONEST = {  # other ways in which good sites differ
     "iid": ("sites=iid",), "label": ("sites=label",), "scanner": ("sites=scanner",), "hospital": (),
-    "scanner, severity 5": ("sites=scanner", "sites.severity=5"),
+    "scanner at severity 5": ("sites=scanner", "sites.severity=5"),
 }  # fmt: skip
 ATTACKS = {  # by part and federation
     ("attacks", 5): ("flip", "x10", "noise", "trigger", "nan", "copy"), ("attacks", 8): ("flip", "noise"),
@@ -229,9 +230,15 @@ def measure(run: Run, place: Path, data: Path) -> dict[str, object]:
         for name, extreme in (("strangeness", max), ("agreement", min)):
             row[name] = extreme(e["value"] for e in figures if e["name"] == f"inspect/{name}")
     else:
-        row["auc"] = auc(made, run.bad, "federated_finetune" if run.part == "labels" else "linear") if whole else STOPS
+        row["auc"] = (
+            auc(made, FEDERATIONS[run.sites], "federated_finetune" if run.part == "labels" else "linear")
+            if whole
+            else STOPS
+        )
+    if run.part == "attacks" and whole:
+        row["loss"] = loss(made, FEDERATIONS[run.sites])
     if run.part == "attacks" and run.attack in ("none", "trigger") and whole:
-        row["pull"] = pull(study, made.path, run.bad)
+        row["pull"] = pull(study, made.path, FEDERATIONS[run.sites])
     print(f"{run.folder}: {row.get('auc', row)}", flush=True)
     return row
 
@@ -240,6 +247,12 @@ def auc(run: RunFolder, bad: Sequence[str], protocol: str) -> float:
     """Mean over the good sites."""
     rows = [r for r in run.evaluations() if (r["protocol"], r["metric"]) == (protocol, "auc") and r["value"]]
     return mean(float(row["value"]) for row in rows if row["site"] not in bad)
+
+
+def loss(run: RunFolder, bad: Sequence[str]) -> float:
+    """NT-Xent of the last round, in nats, mean over the good sites that counted in it."""
+    told = [e for e in run.events() if e["name"] == "loss/nt_xent" and e["site"] and e["site"] not in bad]
+    return mean(e["value"] for e in told if e["round"] == told[-1]["round"])
 
 
 def named(run: RunFolder, bad: Sequence[str], sites: int, rounds: int) -> dict[str, int]:
@@ -292,7 +305,7 @@ Rows = Sequence[dict[str, object]]
 
 
 def tell(rows: Rows) -> None:
-    """AUC by attack and defence, mean over seeds; then what the inspector named, and what the trigger pulls."""
+    """AUC by attack and defence, mean over seeds, and what the inspector named; then losses, and the trigger's pull."""
     names = list(dict.fromkeys(str(row["defence"]) for row in rows))
     head = " | ".join(names)
     print(f"\n| bad | attack | {head} | named | good ones out |\n|" + "---|" * (len(names) + 4))
@@ -300,11 +313,12 @@ def tell(rows: Rows) -> None:
         inspected = [row for row in here if row["defence"] == "mean + inspector"]
         cells = " | ".join(cell([r["auc"] for r in here if r["defence"] == name], "{:.3f}") for name in names)
         print(f"{key} | {cells} | {told(inspected, 'bad')} | {told(inspected, 'good')} |")
-    if pulls := [row for row in rows if "pull" in row]:
-        print(f"\n| bad | trigger | {head} |\n|" + "---|" * (len(names) + 2))
-        for key, here in grouped(pulls):
-            cells = " | ".join(cell([r["pull"] for r in here if r["defence"] == name], "{:+.2f}") for name in names)
-            print(f"{key} | {cells} |")
+    for name, title, form in (("loss", "loss in nats", "{:.3f}"), ("pull", "trigger", "{:+.2f}")):
+        if known := [row for row in rows if name in row]:
+            print(f"\n| bad | {title} | {head} |\n|" + "---|" * (len(names) + 2))
+            for key, here in grouped(known):
+                found = [cell([r[name] for r in here if r["defence"] == one], form) for one in names]
+                print(f"{key} | {' | '.join(found)} |")
 
 
 def grouped(rows: Rows) -> Iterator[tuple[str, Rows]]:

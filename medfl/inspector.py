@@ -18,7 +18,7 @@ from medfl.methods.base import Method, Role
 from medfl.workshop import new_method
 
 IMAGES = {2: 32, 3: 16}  # by spatial dimensions
-THRESHOLD = 5.0  # of `strangeness`; good sites with scanners of their own came to 4.03 (benchmarks/RESULTS.md, "Bad sites")
+THRESHOLD = 5.0  # of `strangeness`; good sites with scanners of their own came to 4.03 (benchmarks/RESULTS.md)
 FLOOR = 0.15  # so a site at twice the usual distance or less is never flagged
 ROUNDING = 1e-9  # of 1 - cosine; encoders that are equal do not stick out
 LEAST = 4  # sites; of three, two that agree are no measure of the third

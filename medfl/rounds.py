@@ -2,27 +2,25 @@
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from medfl import config, features, rules, server_books
+from medfl import conduct, config, features, rules, server_books
+from medfl.ballot import Ballot, Rule, influence, weights_before
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import DivergedError
 from medfl.exchange import Request
 from medfl.faults import point
 from medfl.gate import Update
-from medfl.layout import Flat, Layout, Tensors
+from medfl.layout import Layout, Tensors
 from medfl.messages import REFRESH, SEED, TRAIN, Order
 from medfl.methods.base import Role
 from medfl.methods.phases import phase_of
 from medfl.run_folder import Event
-from medfl.secagg.at_server import REMARK, Weigh, collect_added, is_sum, of_all
+from medfl.secagg.at_server import REMARK, collect_added, is_sum, of_all
 from medfl.server_books import Books
 from medfl.server_state import Server
 from medfl.study import Study
 
-Rule = Callable[[Sequence[np.ndarray], Sequence[float], rules.Before], np.ndarray]
 LLOYD = 3  # exchanges of code sums before the first round
 CONFIRMED = 2  # collapsed rounds running
 
@@ -51,14 +49,20 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     request = Request(
         TRAIN[federation.stage], order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms
     )
-    updates, added = collect_added(federation, request, able, weights_for(server, study, able, steps, needed))
+    weigh = weights_before(server.blueprint.sends, study, able, steps, needed)
+    updates, added = collect_added(federation, request, able, weigh)
     point("before_aggregate")
+    rule: Rule = config.partial(study.rule) if len(sites) > 1 else rules.weighted_mean  # a lone site is not outvoted
+    told: list[tuple[str, str, float]] = []
+    if is_sum(added):
+        server.step({g: array for g, array in added[0].flat.items() if g.startswith(("parameter/", "target/"))})
+    else:
+        updates, told = _take_weights(federation, server, updates, {site.name: site for site in able}, rule, needed)
+        added = updates
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
-    by_name = {site.name: site for site in able}
-    server.step(_aggregate(added, by_name, server, config.partial(study.rule), study.rounds.max_share, needed))
     point("after_aggregate")
     server.round += 1
-    told = _take_sums(study, server, added, weights, parts, server.round)
+    told += _take_sums(study, server, added, weights, parts, server.round)
     server.norms = (server.norms + [update.norm for update in updates if update.flat])[-1000:]
     seconds = time.perf_counter() - began
     federation.folder.write(_events(server, updates, weights, told, seconds=seconds, stage=federation.stage))
@@ -185,56 +189,34 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
     )
 
 
-def _aggregate(
+def _take_weights(
+    federation: Federation,
+    server: Server,
     updates: Sequence[Update],
     sites: Mapping[str, Enrolled],
-    server: Server,
     rule: Rule,
-    max_share: float,
-    needed: str = "",
-) -> Flat:
-    """Each group of weights over the sites that can teach it, by their volumes; what nobody can teach is left out.
-
-    A site's share of volumes with a modality is taken to be the same in a round as in all its training volumes.
+    needed: str,
+) -> tuple[list[Update], list[tuple[str, str, float]]]:
+    """Step to the aggregate of the updates that count; these, and (site, name, value) of what was seen of all.
 
     Args:
         needed: owner group of the volumes that the phase trains on; "": all.
     """
-    aggregate: Flat = {}
-    for group, slots in server.blueprint.sends.groups.items():
-        if slots[0].role not in (Role.PARAMETER, Role.TARGET):
-            continue
-        if is_sum(updates):
-            aggregate |= {group: updates[0].flat[group]} if group in updates[0].flat else {}
-            continue
-        volumes = [u.volumes * sites[u.site].share(slots[0].owner, needed) * (group in u.flat) for u in updates]
-        held = [(u.flat[group], v) for u, v in zip(updates, volumes, strict=True) if v]
-        if held:
-            weights = rules.site_weights([v for _, v in held], max_share)
-            before = rules.Before(server.flat[group], [(s.offset, s.size) for s in slots if len(s.shape) > 1])
-            aggregate[group] = rule([values for values, _ in held], weights, before)
-    return aggregate
-
-
-def weights_for(server: Server, study: Study, sites: Sequence[Enrolled], steps: int, needed: str) -> Weigh:
-    """What `_aggregate` would weigh the sites' groups by, from what they enrolled with, before they answer."""
-    named = {site.name: site for site in sites}
-    uniform = str(study.rule["_target_"]).endswith(".uniform_mean")
-
-    def weigh(names: Sequence[str]) -> dict[str, dict[str, float]]:
-        found = {}
-        for group, slots in server.blueprint.sends.groups.items():
-            if slots[0].role not in (Role.PARAMETER, Role.TARGET):
-                continue
-            seen = {name: min(named[name].volumes, steps * study.training.batch_size) for name in names}
-            volumes = {n: v * named[n].share(slots[0].owner, needed) for n, v in seen.items()}
-            held = {name: 1.0 if uniform else volume for name, volume in volumes.items() if volume}
-            cap = 1.0 if uniform else study.rounds.max_share
-            shares = rules.site_weights(list(held.values()), cap) if held else []
-            found[group] = dict(zip(held, shares, strict=True))
-        return found
-
-    return weigh
+    study, number, sends = federation.study, server.round + 1, server.blueprint.sends
+    ballot = Ballot.of(updates, sites, sends, server.flat, needed=needed, accepted=server.norms)
+    judged = conduct.judge(study, sends, updates, ballot, server.earlier)
+    for place in sorted(judged.out, reverse=True):
+        ballot = ballot.without(place)
+    kept = [update for place, update in enumerate(updates) if place not in judged.out]
+    moved = influence(ballot, rule, study.rounds.max_share)
+    server.step(ballot.count(rule, study.rounds.max_share))
+    remarks = [Event(federation.stage, server.arm, number, "", "remark", 1.0, text) for text in judged.remarks]
+    out = [
+        Event(federation.stage, server.arm, number, updates[place].site, "refused", 1.0, f"left out: {text}")
+        for place, text in sorted(judged.out.items())
+    ]
+    federation.folder.write([*remarks, *out])
+    return kept, judged.told + [(u.site, "round/influence", v) for u, v in zip(kept, moved, strict=bool(moved))]
 
 
 def _sum_statistics(updates: Sequence[Update], layout: Layout) -> Tensors:

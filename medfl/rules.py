@@ -1,7 +1,8 @@
-"""Aggregation rules: pure functions `rule(values, weights) -> aggregate` over the sites' flat arrays, in site order.
+"""Aggregation rules: pure functions `rule(values, weights, before) -> aggregate` over the sites' flat arrays, in order.
 
-A rule keeps no state: momentum and adaptivity are the server optimizer's. Sums run in float64 in a fixed order, so that
-equal inputs give equal bits.
+A rule sees one group of tensors at a time, and of the whole updates what `before.whole` tells. It keeps no state:
+momentum and adaptivity are the server optimizer's. Sums run in float64 in a fixed order, so that equal inputs give
+equal bits.
 """
 
 from collections.abc import Sequence
@@ -11,14 +12,26 @@ import numpy as np
 import torch
 
 from medfl.errors import ConfigError
+from medfl.whole import Whole
+
+NOBODY = Whole(np.zeros((0, 0)))
 
 
 @dataclass(frozen=True)
 class Before:
-    """The broadcast values of a group, and the places (offset, size) in it of tensors with two or more axes."""
+    """What a rule knows besides the values of a group.
+
+    Attributes:
+        values: the broadcast's.
+        layers: places (offset, size) in the group of tensors with two or more axes.
+        whole: all sites' whole updates.
+        places: of the sites that hold the group, in `whole`; as many as there are values.
+    """
 
     values: np.ndarray
     layers: Sequence[tuple[int, int]]
+    whole: Whole = NOBODY
+    places: Sequence[int] = ()
 
 
 CHUNK = 1 << 16  # elements; the float64 accumulator then stays in cache
@@ -68,6 +81,84 @@ def trimmed_mean(
     ordered = np.sort(np.stack(values), axis=0)[trim : len(values) - trim]
     mean: np.ndarray = ordered.mean(axis=0, dtype=np.float64).astype(values[0].dtype)
     return mean
+
+
+def median(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
+    """Median of each coordinate (Yin et al. 2018, definition 1); of an even number the mean of the middle two.
+
+    Every site has one vote. Withstands arbitrary updates of fewer than half the sites. Where honest sites differ it
+    follows none of them: it takes the middle of each coordinate, not the mean of their data.
+    """
+    return trimmed_mean(values, weights, before, trim=(len(values) - 1) // 2)
+
+
+def krum(
+    values: Sequence[np.ndarray],
+    weights: Sequence[float],
+    before: Before,
+    *,
+    bad: int,
+    keep: int | None,
+) -> np.ndarray:
+    """Krum (`keep` 1) and Multi-Krum (Blanchard et al. 2017): the plain mean of the updates nearest to others.
+
+    Whole updates are chosen, the same for all groups; a group that no chosen site holds stays. Honest sites far from
+    the others (a rare scanner, a rare disease) are as unlikely to be chosen as bad ones.
+
+    Args:
+        bad: sites that may send anything.
+        keep: updates in the mean; None: all sites but `bad`.
+
+    Raises:
+        ConfigError: fewer than 2 * bad + 3 sites, or a `keep` that would take bad ones in.
+    """
+    chosen = set(krum_places(before.whole, bad=bad, keep=keep))
+    held = [value for value, place in zip(values, before.places, strict=True) if place in chosen]
+    return uniform_mean(held, [1.0] * len(held), before) if held else before.values.copy()
+
+
+def krum_places(whole: Whole, *, bad: int, keep: int | None) -> list[int]:
+    """Places of the `keep` updates with the least sum of squared distances to their sites - bad - 2 nearest others."""
+    sites = len(whole.products)
+    if bad < 0 or sites < 2 * bad + 3:
+        raise ConfigError(
+            f"krum: got {sites} sites, need {2 * max(bad, 0) + 3} to withstand rule.bad={bad} (a number from 0). "
+            "Lower rule.bad, or take rule=median."
+        )
+    most = sites - bad
+    if keep is not None and not 1 <= keep <= most:
+        raise ConfigError(
+            f"krum: got rule.keep={keep}, need 1 to {most} of {sites} sites with rule.bad={bad}, or null."
+        )
+    nearest = np.sort(whole.distances, axis=1)[:, 1 : sites - bad - 1]  # without itself
+    return [int(place) for place in np.argsort(nearest.sum(axis=1), kind="stable")[: keep or most]]
+
+
+def clipped_mean(
+    values: Sequence[np.ndarray],
+    weights: Sequence[float],
+    before: Before,
+    *,
+    most: float,
+) -> np.ndarray:
+    """Weighted mean of updates of which none is longer than `most` times the median length accepted so far.
+
+    In the first round the median is that round's. Bounds how far one site can move the model (model replacement), not
+    where to: a bad update of ordinary length, such as a flipped sign, counts in full.
+
+    Raises:
+        ConfigError: `most` is not above 0.
+    """
+    if not most > 0:
+        raise ConfigError(f"clipped_mean: got rule.most={most}, need a number above 0, such as 1.0.")
+    norms, known = before.whole.norms, before.whole.accepted
+    limit = most * float(np.median(known if len(known) else norms))
+    shares = [min(1.0, limit / norms[place]) if norms[place] > 0 else 1.0 for place in before.places]
+    clipped = [
+        value if share == 1 else before.values + np.asarray(share, value.dtype) * (value - before.values)
+        for value, share in zip(values, shares, strict=True)
+    ]
+    return weighted_mean(clipped, weights, before)
 
 
 def layer_divergence_aware(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from medfl import config, server_books
+from medfl import conduct, config, server_books
 from medfl.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
 from medfl.codebooks import Book
 from medfl.errors import ConfigError
@@ -70,6 +70,7 @@ class Server:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)  # what the server optimizer steps
     books: Books = field(default_factory=lambda: Books({}, {}))
     parent: str = ""  # lineage of what it started from
+    earlier: conduct.Earlier = field(default_factory=dict)  # samples of the sites' last updates
 
     @classmethod
     def start(
@@ -93,6 +94,7 @@ class Server:
             server.lineage, server.round = str(saved.facts["lineage"]), int(saved.facts["round"])
             server.parent = str(saved.facts["parent"])
             server.norms, server.alarms = [float(norm) for norm in saved.facts["norms"]], int(saved.facts["alarms"])
+            server.earlier = conduct.of_tensors(saved.tensors)
             if optimizer is not None:
                 load_optimizer(optimizer, saved.tensors)
         return server
@@ -108,7 +110,7 @@ class Server:
             "norms": self.norms,
             "alarms": self.alarms,
         }
-        return Checkpoint(tensors | state | self.books.checkpoint(), facts)
+        return Checkpoint(tensors | state | self.books.checkpoint() | conduct.to_tensors(self.earlier), facts)
 
     def tensors(self) -> Tensors:
         return self.blueprint.sends.unpack(self.flat)

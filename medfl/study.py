@@ -67,6 +67,7 @@ class Rounds(Section):
     max_share: float  # largest weight of one site
     max_update: float  # largest L2 norm of an update, in units of the broadcast's
     max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
+    inspect: str  # none | flag | exclude: sites whose updates stick out
     keep_checkpoints: int
 
 
@@ -209,6 +210,7 @@ class Study:
         one_of("rounds.queue", self.rounds.queue, ("refresh", "keep", "clear"))
         one_of("rounds.blend", self.rounds.blend, ("none", "paper", "code"))
         one_of("rounds.gram", self.rounds.gram, ("auto", "always", "never"))
+        one_of("rounds.inspect", self.rounds.inspect, ("none", "flag", "exclude"))
         one_of("rounds.on_collapse", self.rounds.on_collapse, ("stop", "warn"))
         for name, share in {"codebook_keep": self.rounds.codebook_keep, "blend_tau": self.rounds.blend_tau}.items():
             if not 0 <= share < 1:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from medfl.ballot import Ballot
 from medfl.enrolment import Enrolled
 from medfl.errors import ConfigError
 from medfl.gate import Update
-from medfl.layout import Layout, Policy, broadcast_layout, seed_layout, study_claims, update_layout
+from medfl.layout import Flat, Layout, Policy, broadcast_layout, seed_layout, study_claims, update_layout
 from medfl.methods.base import Claim, Method, Role
 from medfl.methods.phases import Phase, phase_of, phases_of
 from medfl.optimizers import learning_rate, scale_rates
-from medfl.rounds import _aggregate
 from medfl.rules import Before, weighted_mean
 from medfl.server_state import Blueprint, Server
 from medfl.training import Plan, indices
@@ -91,12 +91,17 @@ def answer(server: Server, site: Enrolled, seed: int) -> Update:
     return Update(site.name, flat, site.volumes, {}, 1.0)
 
 
+def mean_of(server: Server, answers: list[tuple[Enrolled, Update]], needed: str = "") -> Flat:
+    sites, updates = {site.name: site for site, _ in answers}, [update for _, update in answers]
+    return Ballot.of(updates, sites, server.blueprint.sends, server.flat, needed=needed).count(weighted_mean, 1.0)
+
+
 def test_each_modality_is_averaged_over_the_sites_that_hold_it_bit_for_bit() -> None:
     a = Enrolled(1, "a", 10, False, {"modality:t1": 10, "modality:t2": 5})
     b = Enrolled(2, "b", 30, False, {"modality:t2": 30, "modality:flair": 7})
     server = server_of(Modalities())
     first, second = answer(server, a, 1), answer(server, b, 2)
-    mean = _aggregate([first, second], {"a": a, "b": b}, server, weighted_mean, 1.0)
+    mean = mean_of(server, [(a, first), (b, second)])
     group = "parameter/modality:{}/float32".format
     assert (mean[group("t1")] == first.flat[group("t1")]).all()  # its owner's, bit for bit
     assert (mean[group("flair")] == second.flat[group("flair")]).all()
@@ -113,7 +118,7 @@ def test_a_phase_counts_the_volumes_that_it_trains_on() -> None:
     b = Enrolled(2, "b", 40, False, {"modality:t1": 40, "modality:t2": 1, "paired": 1, "paired:t1": 1, "paired:t2": 1})
     server = server_of(Modalities())
     first, second = answer(server, a, 1), answer(server, b, 2)
-    mean = _aggregate([first, second], {"a": a, "b": b}, server, weighted_mean, 1.0, "paired")
+    mean = mean_of(server, [(a, first), (b, second)], "paired")
     group = "parameter/modality:t1/float32"
     by_pairs = weighted_mean([first.flat[group], second.flat[group]], [5, 1], Before(server.flat[group], []))
     assert np.allclose(mean[group], by_pairs, rtol=1e-6)
@@ -133,9 +138,9 @@ def test_what_no_site_of_a_round_owns_stays_as_it_was_bit_for_bit(momentum: floa
     b = Enrolled(2, "b", 10, False, {"modality:t2": 10})
     stepper = None if momentum is None else lambda steps: torch.optim.SGD(steps, lr=1.0, momentum=momentum)
     server = server_of(Modalities(), stepper)
-    server.step(_aggregate([answer(server, a, 1)], {"a": a}, server, weighted_mean, 1.0))
+    server.step(mean_of(server, [(a, answer(server, a, 1))]))
     before = {group: array.copy() for group, array in server.flat.items()}
-    server.step(_aggregate([answer(server, b, 2)], {"b": b}, server, weighted_mean, 1.0))
+    server.step(mean_of(server, [(b, answer(server, b, 2))]))
     still = {group for group, array in server.flat.items() if (array == before[group]).all()}
     assert {g for g in still if g.startswith("parameter")} == {
         "parameter/modality:t1/float32",

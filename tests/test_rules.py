@@ -6,7 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medfl.errors import ConfigError
-from medfl.rules import Before, layer_divergence_aware, site_weights, trimmed_mean, uniform_mean, weighted_mean
+from medfl.rules import (
+    Before,
+    clipped_mean,
+    krum,
+    krum_places,
+    layer_divergence_aware,
+    median,
+    site_weights,
+    trimmed_mean,
+    uniform_mean,
+    weighted_mean,
+)
+from medfl.whole import Whole
 
 NOTHING = Before(np.zeros(0, np.float32), [])  # what a rule that does not look back gets
 VOLUMES = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
@@ -72,6 +84,104 @@ def test_layer_divergence_aware_without_direction_is_the_weighted_mean() -> None
     np.testing.assert_array_equal(layer_divergence_aware(values, weights, fresh), expected)
     same = layer_divergence_aware([values[0]] * 3, weights, Before(values[0], [(0, 10)]))
     np.testing.assert_allclose(same, values[0], rtol=1e-6)  # equal sites: nothing shrinks
+
+
+def updates_of(values: list[np.ndarray], accepted: tuple[float, ...] = ()) -> Before:
+    """What a rule knows of updates of one group from a broadcast of ones."""
+    old = np.ones_like(values[0])
+    return Before(old, [], Whole.of([{"g": v} for v in values], {"g": old}, accepted), range(len(values)))
+
+
+def reference_krum(values: list[np.ndarray], bad: int) -> list[float]:
+    """Scores by the definition (Blanchard et al. 2017, section 4): each to its n - f - 2 closest others."""
+    scores = []
+    for i, one in enumerate(values):
+        squares = sorted(float(((one - other) ** 2).sum()) for j, other in enumerate(values) if j != i)
+        scores.append(sum(squares[: len(values) - bad - 2]))
+    return scores
+
+
+@pytest.mark.parametrize(("sites", "bad"), [(3, 0), (5, 1), (8, 2), (9, 3)])
+def test_krum_is_the_papers(sites: int, bad: int) -> None:
+    values = [value.astype(np.float64) for value in arrays(sites, 70_000)]
+    before, scores = updates_of(values), reference_krum(values, bad)
+    order = sorted(range(sites), key=scores.__getitem__)
+    assert krum_places(before.whole, bad=bad, keep=None) == order[: sites - bad]
+    np.testing.assert_array_equal(krum(values, [1.0] * sites, before, bad=bad, keep=1), values[order[0]])
+    best = np.mean([values[place] for place in sorted(order[:2])], axis=0)
+    np.testing.assert_allclose(krum(values, [1.0] * sites, before, bad=bad, keep=2), best, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sites", [1, 2, 5, 8])
+def test_median_is_numpys(sites: int) -> None:
+    values = arrays(sites, 1000)
+    exact = np.median(np.stack(values).astype(np.float64), axis=0)
+    np.testing.assert_allclose(median(values, [1.0] * sites, NOTHING), exact, rtol=1e-6)
+
+
+ROBUST = {
+    "median": median,
+    "trimmed_mean": lambda *given: trimmed_mean(*given, trim=2),
+    "krum": lambda *given: krum(*given, bad=2, keep=1),
+    "multi_krum": lambda *given: krum(*given, bad=2, keep=None),
+}
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1.0, 1e3, 1e6]), alike=st.booleans())
+def test_two_of_eight_cannot_leave_the_honest_hull_in_any_order(
+    name: str, seed: int, scale: float, alike: bool
+) -> None:
+    draw = np.random.default_rng(seed)
+    honest = [draw.normal(size=20).astype(np.float32) for _ in range(6)]
+    wild = [(scale * draw.normal(size=20) + 50).astype(np.float32) for _ in range(2)]
+    values = [*honest, wild[0], wild[0] if alike else wild[1]]
+    order = draw.permutation(8).tolist()
+    results = []
+    for given_order in (range(8), order):
+        found = [values[place] for place in given_order]
+        results.append(ROBUST[name](found, [1.0] * 8, updates_of(found)))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
+    assert (results[0] >= np.min(honest, axis=0) - 1e-5).all()
+    assert (results[0] <= np.max(honest, axis=0) + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("sites", "given", "text"),
+    [
+        (4, {"bad": 1, "keep": 1}, "got 4 sites, need 5"),
+        (6, {"bad": 2, "keep": None}, "got 6 sites, need 7"),
+        (5, {"bad": -1, "keep": 1}, "rule.bad=-1"),
+        (5, {"bad": 1, "keep": 5}, "got rule.keep=5, need 1 to 4"),
+        (5, {"bad": 1, "keep": 0}, "got rule.keep=0, need 1 to 4"),
+    ],
+)
+def test_krum_refuses_what_it_cannot_promise(sites: int, given: dict[str, int | None], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        krum(arrays(sites, 4), [1.0] * sites, updates_of(arrays(sites, 4)), **given)
+
+
+def test_clipped_mean_shortens_what_is_longer_than_the_median() -> None:
+    old = np.ones(4, np.float32)
+    moves = [np.array(row, np.float32) for row in ([1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 100, 0], [0, 0, 0, 0])]
+    values = [old + move for move in moves]
+    first = clipped_mean(values, [1.0] * 4, updates_of(values), most=1.0)  # median of 0, 1, 2, 100
+    np.testing.assert_allclose(first - old, [0.25, 1.5 / 4, 1.5 / 4, 0], rtol=1e-6)
+    later = clipped_mean(values, [1.0] * 4, updates_of(values, (4.0, 4.0, 1e9)), most=0.5)
+    np.testing.assert_allclose(later - old, [0.25, 0.5, 0.5, 0], rtol=1e-6)
+    still = clipped_mean([old] * 3, [1.0] * 3, updates_of([old] * 3), most=1.0)  # nobody moved
+    np.testing.assert_array_equal(still, old)
+    with pytest.raises(ConfigError, match=r"got rule\.most=0"):
+        clipped_mean(values, [1.0] * 4, updates_of(values), most=0)
+
+
+def test_whole_updates_are_compared_over_all_groups_and_a_silent_one_counts_as_unmoved() -> None:
+    before = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
+    flats = [{"a": np.array([3, 0, 0], "f4"), "b": np.array([0, 4], "f4")}, {"a": np.array([0, 1, 0], "f4")}]
+    whole = Whole.of(flats, before)
+    np.testing.assert_allclose(whole.norms, [5, 1])
+    np.testing.assert_allclose(whole.distances, [[0, 26], [26, 0]])
+    np.testing.assert_allclose(whole.without(0).products, [[1]])
 
 
 @given(VOLUMES, st.floats(0.05, 1.0))

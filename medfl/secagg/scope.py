@@ -23,6 +23,8 @@ def _refusals(study: Study) -> Iterator[str]:
     rule = str(study.rule.get("_target_")).rpartition(".")[2]
     if rule not in SUMS:
         yield f"the rule {rule} needs the update of each site, the server has their sum. Take rule=weighted_mean."
+    if study.rounds.inspect != "none":
+        yield "rounds.inspect looks at the update of each site, the server has their sum. Take rounds.inspect=none."
     if odd := [arm for arm in study.arms if arm not in ARMS]:
         yield f"arm '{odd[0]}' is a network of one place, sent to the server. Take arms=[random,federated]."
     if study.rounds.codebook == "mean":

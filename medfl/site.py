@@ -23,6 +23,7 @@ from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
 from medfl.privacy.at_site import Guard, refuse_seeds
 from medfl.site_scores import tallies, tallies_layout
+from medfl.site_sums import feature_sums, norm_sums
 from medfl.site_weights import keep_targets, place_targets
 from medfl.state import SiteState
 from medfl.training import Plan, Task, batches, train_locally
@@ -281,7 +282,7 @@ class Site:
             with Moments(method):  # leaves the running statistics alone; these sums are not used
                 views = torch.cat([method.encoder(self._view(part)) for part in parts]).float()
         found = collapse.monitors(plain.cpu(), views.cpu())
-        sums = self._norm_sums(moments) | self._feature_sums(plain)
+        sums = norm_sums(moments, self.shop.norms) | (feature_sums(plain) if self.shop.policy.gram else {})
         if self.shop.policy.codebook != "local":
             sums |= site_books.refreshed(codes.sums, self.shop.study.rounds.codebook_images)
         return sums, {f"monitor/{name}": value for name, value in found.items()}, codes.sums
@@ -294,25 +295,3 @@ class Site:
         key = seeding.key(self.shop.study.seed, "monitor", self.data.name, int(part[0]))
         layout = self.shop.where.memory_format(self.images.ndim - 2)
         return self.shop.views(self._batch(part), key=key, count=1)[0].contiguous(memory_format=layout)
-
-    def _feature_sums(self, features: Tensor) -> Tensors:
-        """Count, sum and Σzzᵀ of the features at unit length (N, F), for the coding rate of all sites together."""
-        if not self.shop.policy.gram:
-            return {}
-        count, total, gram = collapse.sums(torch.nn.functional.normalize(features.double(), dim=1))
-        return {
-            "features.count": torch.tensor([count], dtype=torch.float64),
-            "features.sum": total.cpu(),
-            "features.gram": gram.cpu(),
-        }
-
-    def _norm_sums(self, moments: Moments) -> Tensors:
-        sums: Tensors = {}
-        for name in self.shop.norms:
-            count, total, square = moments.sums[name]
-            sums |= {
-                f"{name}.count": torch.full_like(total, count),
-                f"{name}.sum": total,
-                f"{name}.square": square,
-            }
-        return {name: tensor.double().cpu() for name, tensor in sums.items()}

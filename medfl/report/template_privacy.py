@@ -21,7 +21,7 @@ PRV</th><th>δ</th></tr></thead><tbody>
 {% endfor %}
 </tbody></table></div>
 <p class="note">Not covered by ε: scores and counts of test images, and probes fitted on a site's own labels to get
-them; the numbers of images; whatever chose the study's settings.</p>
+them; the numbers of images; times; whatever chose the study's settings.</p>
 {% else %}
 {{ absent("No site has told of what it spent.") }}
 {% endif %}

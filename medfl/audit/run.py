@@ -83,12 +83,12 @@ def marked(study: Study, site: Site, canaries: int, seed: int, kind: type[Marked
         before = gradients
     if before is None:
         raise ConfigError("rounds.count: there is no round to audit.")
-    steps = study.rounds.count * plan.steps
-    claim = spent([Release(PATIENT, study.privacy.noise, units.rate, steps)], guard.delta)
-    lower = lower_bound(before.seen, before.part, guard.delta)
+    steps, delta = study.rounds.count * plan.steps, min(guard.delta, 0.01 / canaries)  # a larger δ hides what is found
+    claim = spent([Release(PATIENT, study.privacy.noise, units.rate, steps)], delta)
+    lower = lower_bound(before.seen, before.part, delta)
     unit = "patient" if study.privacy.mechanism == "patient" else "bucket"
     held = lower.epsilon <= claim.epsilon
-    return {"unit": unit, "claim": claim.epsilon, "delta": guard.delta, "steps": steps, "held": held} | asdict(lower)
+    return {"unit": unit, "claim": claim.epsilon, "delta": delta, "steps": steps, "held": held} | asdict(lower)
 
 
 def _fresh(study: Study, site: Site) -> Method:

@@ -67,7 +67,8 @@ def told(found: dict[str, Any]) -> list[str]:
     if part := found.get("canaries"):
         lines.append(
             f"canaries: ε of a {part['unit']} is at least {part['epsilon']:.2f} (95 %, {part['right']} of "
-            f"{part['guesses']} guesses right), claimed at most {part['claim']:.2f} at δ={part['delta']:.1e}"
+            f"{part['guesses']} guesses right), claimed at most {part['claim']:.2f} for these steps at "
+            f"δ={part['delta']:.1e}"
         )
     else:
         lines.append("canaries: none, as the study has no differential privacy to hold to a figure")

@@ -37,7 +37,10 @@ def _attacks(run: Run) -> Section:
     if not audit:
         return {}
     if part := audit.get("canaries"):
-        told = f"at least {part['epsilon']:.2f} (95 %, {part['right']} of {part['guesses']} guesses right)"
+        right = (
+            f"95 %, {part['right']} of {part['guesses']} guesses right" if part["guesses"] else "no better than a coin"
+        )
+        told = f"at least {part['epsilon']:.2f} ({right})"
         name = f"ε of a {part['unit']}, from {part['canaries']} canaries in the pretraining"
         rows.append((name, told, f"at most {part['claim']:.2f} claimed, at δ={part['delta']:.1e}"))
     for name, one in audit.get("membership", {}).items():

@@ -148,6 +148,7 @@ class Rig:
             (e["site"], self.last) for e in events if e["stage"] == "refresh" and e["name"].startswith("monitor/")
         }
         there |= {(site, ENROL) for site, number in there if number < self.last}  # also one that joined later
+        there |= {(e["site"], ENROL) for e in events if e["stage"] == "enrol"}
         return frozenset((name, number) for name in SITES for number in range(self.last + 1)) - there
 
     def expected(self, lost: Lost) -> str:

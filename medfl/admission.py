@@ -66,7 +66,7 @@ def admit(message: Message, context: Context) -> Admitted:
     broadcast = Broadcast.from_record(message.content)
     _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
     if received["privacy"]["mechanism"] != "none":
-        _check_ledger(site)
+        check_ledger(site)
     if kind == "shares" and site.policy.peers is not None:
         Roster.read(broadcast.order.peers).check_signed(site.site, site.policy.peers)
     local = localized(received, site, approval)
@@ -98,7 +98,7 @@ def _check(order: Order, received: dict[str, Any], approved: dict[str, Any], sit
         raise PolicyError(f"round {order.round} of {order.rounds}: the approved study has {count}.")
 
 
-def _check_ledger(site: SiteFile) -> None:
+def check_ledger(site: SiteFile) -> None:
     """The ledger still has the line that the audit log noted with the last answer: nobody took ε back.
 
     Raises:

@@ -15,13 +15,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from medfl import config
+from medfl import admission, config
 from medfl.codebooks import Book
 from medfl.errors import ConfigError, PrivacyError
 from medfl.methods.base import Method
 from medfl.methods.tokens import CodeStatistics
 from medfl.onsite import policy
-from medfl.onsite.site_file import SitePolicy
+from medfl.onsite.audit import Audit
+from medfl.onsite.site_file import SiteFile, SitePolicy
 from medfl.privacy import codes
 from medfl.privacy.account import account
 from medfl.privacy.accounting import BUCKET, PATIENT, Release, noise_for, spent
@@ -219,14 +220,15 @@ def test_a_bucket_costs_a_patient_twice_and_more() -> None:
 
 def test_the_ledger_stops_at_the_limit_and_knows_when_it_was_cut(tmp_path: Path) -> None:
     ledger, release = Ledger.of(tmp_path, "a"), Release(PATIENT, 2.0, 0.2, 20)
-    totals = [ledger.book([release], 1e-3, 4.0, study="s", stage="pretrain", arm="f", round=i).epsilon for i in (1, 2)]
+    totals = [ledger.book([release], 1e-3, 4.0, study="s", stage="pretrain", arm="f", round=i).rdp for i in (1, 2)]
     assert 0 < totals[0] < totals[1] < 4.0
     head = ledger.head()
     with pytest.raises(PrivacyError, match="budget is spent"):
         ledger.book([replace(release, noise=0.5)], 1e-3, 4.0, study="s", stage="pretrain", arm="f", round=3)
     assert ledger.head() == head
     shown = account(tmp_path, "a", {"max_epsilon": 4.0})
-    assert (shown["releases"], shown["rows"][0]["steps"], shown["epsilon"]) == (2, 40, totals[1])
+    assert (shown["releases"], shown["rows"][0]["steps"], shown["rdp"]) == (2, 40, totals[1])
+    assert shown["epsilon"] < shown["rdp"]
     lines = ledger.path.read_bytes().splitlines(keepends=True)
     ledger.path.write_bytes(lines[0])
     with pytest.raises(PrivacyError, match="cannot be trusted"):
@@ -234,6 +236,21 @@ def test_the_ledger_stops_at_the_limit_and_knows_when_it_was_cut(tmp_path: Path)
     ledger.path.write_bytes(lines[0].replace(b'"steps":20', b'"steps":2') + lines[1])
     with pytest.raises(PrivacyError, match="cannot be trusted"):
         ledger.book([release], 1e-3, None)
+
+
+def test_a_site_whose_ledger_was_set_back_obeys_no_more(tmp_path: Path) -> None:
+    site = SiteFile(tmp_path / "site.yaml", "a")
+    ledger, release = Ledger.of(site.state, "a"), Release(PATIENT, 2.0, 0.2, 20)
+    for number in (1, 2):
+        ledger.book([release], 1e-3, None, round=number)
+        Audit(site.audit).write("answer", ledger="{}:{}".format(*ledger.head()))
+    admission.check_ledger(site)
+    ledger.path.write_bytes(ledger.path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(PrivacyError, match="cannot be trusted"):
+        admission.check_ledger(site)
+    ledger.path.unlink()
+    with pytest.raises(PrivacyError, match="cannot be trusted"):
+        admission.check_ledger(site)
 
 
 def _spend(path: Path, told: int) -> None:

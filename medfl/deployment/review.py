@@ -132,13 +132,14 @@ def _asked(study: Study, method: Method, policy: Policy, outputs: Mapping[str, i
     training = [arm for arm in arms if arm != "random"]
     sums = update_layout(method, policy, parameters=False)
     books = bool(method.codebooks()) and study.rounds.codebook != "local"
+    seeded = books and not study.privacy.on  # else the first codebooks are of drawn images
     if "synthesize" in study.stages:
         yield _row("synthesize", SYNTHESIZE, 1, Layout(()))
     if "pretrain" in study.stages and study.encoders is None:
         trained = len(training)
         yield _row("pretrain", TRAIN["pretrain"], trained * study.rounds.count, update_layout(method, policy))
-        yield _row("pretrain", SEED, trained * books, seed_layout(method))
-        yield _row("pretrain", REFRESH, len(arms) + trained * books * LLOYD, sums)
+        yield _row("pretrain", SEED, trained * seeded, seed_layout(method))
+        yield _row("pretrain", REFRESH, len(arms) + trained * seeded * LLOYD, sums)
     scored = len(arms)
     if "finetune" in study.stages:
         for frozen, times in _tunings(study, arms).items():

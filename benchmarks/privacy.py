@@ -41,6 +41,12 @@ COMMON = (
     "method=byol", "method.hidden=128", "method.width=64", "method.norm=layer", "method.momentum=0.96",
     "rounds.count=5", "training.steps=20", "training.batch_size=128", "rounds.max_update=100",
 )  # fmt: skip
+SMALLER: Mapping[str, tuple[str, ...]] = {  # volumes cost more
+    "adrenal3d": (
+        "rounds.count=3", "training.steps=8", "training.batch_size=32", "finetune.rounds=4", "finetune.steps=15",
+        "finetune.batch_size=32",
+    ),
+}  # fmt: skip
 KINDS: Mapping[str, tuple[str, ...]] = {
     "SSL + FT": ("arms=[federated]", "stages=[pretrain,finetune,evaluate]"),
     "FT": ("arms=[random]", "stages=[pretrain,finetune,evaluate]"),
@@ -63,7 +69,8 @@ def main() -> None:
 def measured(given: argparse.Namespace, case: Case) -> dict[str, float]:
     """AUC after fine-tuning and of the probe, and what it cost at the smaller site."""
     name, kind, epsilon, seed = case
-    words = [*words_of_set(name, given.data), *COMMON, *KINDS[kind], f"seed={seed}", *given.overrides]
+    words = [*words_of_set(name, given.data), *COMMON, *SMALLER.get(name, ()), *KINDS[kind]]
+    words += [f"seed={seed}", *given.overrides]
     noise = 0.0
     if epsilon is not None:
         words += ["privacy=patient"]

@@ -28,6 +28,7 @@ from medfl.workshop import new_method, sites_of
 FILE = "audit.json"
 TUNED = "federated_finetune:federated:1"
 MOST = 1000  # images of each kind
+LEAST = 30  # images of the validation split
 SHOWN, GUESSES = 64, 16  # images that an inverted one is compared with
 Say = Callable[[str], None]
 
@@ -120,15 +121,20 @@ def ledger_findings(folder: RunFolder, study: Study) -> list[str]:
 
 
 def members(folder: RunFolder, study: Study, site: Site) -> dict[str, Any]:
-    """Training images against test images of the same site, by the encoder and, where there is one, by a classifier."""
-    train, test = site.images[:MOST], site.data.test.images[:MOST].to(site.images.device)
-    encoder = export.load_encoder(folder.arm("federated")).to(site.shop.where.device)
-    key = seeding.key(study.seed, "audit", site.data.name)
-    scores = [likeness(encoder, part.to(site.shop.where.device), site.shop.views, key=key) for part in (train, test)]
-    found: dict[str, Any] = {"encoder": asdict(inference(*scores))}
+    """Training images against others of the same site, by the encoder and, where there is one, by a classifier.
+
+    Others are of the validation split, which most data sets drew from the same source, or of the test split where that
+    is small. What the untrained encoder tells of them is no trace of training.
+    """
+    rest, where = site.data.val if len(site.data.val) >= LEAST else site.data.test, site.shop.where.device
+    train, other = site.images[:MOST], rest.images[:MOST].to(site.images.device)
+    key, found = seeding.key(study.seed, "audit", site.data.name), {}
+    encoders = {"untrained encoder": new_method(study).encoder, "encoder": export.load_encoder(folder.arm("federated"))}
+    for name, encoder in encoders.items():
+        pair = [likeness(encoder.to(where), part.to(where), site.shop.views, key=key) for part in (train, other)]
+        found[name] = asdict(inference(*pair))
     if (tuned := _tuned(folder, study, site)) is not None:
-        parts = [(train, site.data.train.labels[:MOST]), (test, site.data.test.labels[:MOST])]
-        where = site.shop.where.device
+        parts = [(train, site.data.train.labels[:MOST]), (other, rest.labels[:MOST])]
         scores = [
             confidence(tuned.classify, images.to(where)[labels >= 0], labels[labels >= 0].to(where))  # type: ignore[arg-type]
             for images, labels in parts

@@ -100,7 +100,7 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(tmp_path: Path
         )
 
     assert simulate(done).returncode == 0
-    stopped = simulate(full, limit=(done / "checkpoints/round-0002/state.safetensors").stat().st_size - 1)
+    stopped = simulate(full, limit=(done / "checkpoints/round-0001/state.safetensors").stat().st_size - 1)
     assert stopped.returncode == 30, stopped.stderr
     assert "resume=true" in stopped.stderr
     assert "Traceback" not in stopped.stderr

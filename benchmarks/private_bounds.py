@@ -1,6 +1,6 @@
 """Does one patient ever move a private sum by more than the bound: random and optimised neighbours, and the noise.
 
-    python benchmarks/private_bounds.py [--random 10000] [--optimised 200] [--json FILE]
+    python benchmarks/private_bounds.py [--random 10000] [--optimised 200] [--cases NAME ...] [--json FILE]
 
 A neighbour is a data set with one patient more. For each, the clipped sum of the product's own `PrivateGradients` is
 taken with and without that patient, all units taking part and no noise added; the change's length is told in units of
@@ -36,13 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--random", type=int, default=10_000)
     parser.add_argument("--optimised", type=int, default=200)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     print("| mechanism, method | neighbours | largest change, of the bound | of optimised ones | control |")
     print("|---|---|---|---|---|")
-    for name, (group, kind) in CASES.items():
+    for name, (group, kind) in ((name, CASES[name]) for name in given.cases):
         began = time.perf_counter()
         row = measured(name, group, kind, given.random, given.optimised)
         rows.append(row | {"seconds": time.perf_counter() - began})

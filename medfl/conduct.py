@@ -22,9 +22,7 @@ ROUNDING = 1e-7  # of the broadcast's length: a shorter update is none
 AGAINST = 0.05  # an honest update may be this far from the others', or half as far as they agree: rare scanners
 TINY = 1e-100  # in place of a length of 0
 LONG = 2.0  # times the median length of the round; good sites came to 1.12 with AdamW
-Earlier = dict[
-    str, torch.Tensor
-]  # site -> (rounds, 2, K): sampled values and moves of its last updates, the newest last
+Earlier = dict[str, torch.Tensor]  # site -> (rounds, 2, K): samples of its last updates and moves, the newest last
 
 
 @dataclass

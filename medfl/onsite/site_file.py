@@ -29,9 +29,7 @@ class SitePolicy:
     least_steps: int = 20  # optimizer steps of a round
     least_batch: int = 16  # images of a step
     most_bytes: int = 2_000_000_000  # of one reply
-    peers: Node | None = (
-        None  # secure aggregation: site -> its public signing key; a sum has no others. null: unchecked
-    )
+    peers: Node | None = None  # secure aggregation: site -> its signing key; a sum has no others. null: unchecked
     privacy: Node | None = None  # {max_epsilon: 8.0, delta: 1.0e-5}: differential privacy is asked for; null: it is not
 
     def __post_init__(self) -> None:

@@ -139,7 +139,7 @@ class Site:
             return {}
         releases = self.guard.of_codes() + (self.guard.of_training(self.task, order.steps) if trains else [])
         last = not trains or order.round == order.rounds
-        return self.guard.book(releases, stage=order.phase, arm=order.arm, number=order.round, last=last)
+        return self.guard.book(releases, phase=order.phase, arm=order.arm, number=order.round, last=last)
 
     def synthesize(self, order: Order) -> Answer:
         """Synthetic images of this site's own, made and kept here."""

@@ -59,7 +59,7 @@ def test_the_bound_stays_below_an_honest_claim_and_three_planted_faults_do_not(t
     folder = RunFolder.create(tmp_path, study.source, resume=False)
     ledger = Ledger.of(Path(study.state_dir), "site-1")
     for number in (1, 2, 3):
-        ledger.book([Release(PATIENT, 2.0, 0.1, 20)], 1e-3, None, stage="pretrain", arm="federated", round=number)
+        ledger.book([Release(PATIENT, 2.0, 0.1, 20)], 1e-3, None, phase="pretrain", arm="federated", round=number)
         folder.write([Event("pretrain", "federated", number, "site-1", "site/epsilon_rdp", 1.0)])
     assert ledger_findings(folder, study) == []
     ledger.path.write_bytes(ledger.path.read_bytes().splitlines(keepends=True)[0])  # a ledger set back

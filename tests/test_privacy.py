@@ -219,11 +219,11 @@ def test_a_bucket_costs_a_patient_twice_and_more() -> None:
 
 def test_the_ledger_stops_at_the_limit_and_knows_when_it_was_cut(tmp_path: Path) -> None:
     ledger, release = Ledger.of(tmp_path, "a"), Release(PATIENT, 2.0, 0.2, 20)
-    totals = [ledger.book([release], 1e-3, 4.0, study="s", stage="pretrain", arm="f", round=i).rdp for i in (1, 2)]
+    totals = [ledger.book([release], 1e-3, 4.0, study="s", phase="pretrain", arm="f", round=i).rdp for i in (1, 2)]
     assert 0 < totals[0] < totals[1] < 4.0
     head = ledger.head()
     with pytest.raises(PrivacyError, match="budget is spent"):
-        ledger.book([replace(release, noise=0.5)], 1e-3, 4.0, study="s", stage="pretrain", arm="f", round=3)
+        ledger.book([replace(release, noise=0.5)], 1e-3, 4.0, study="s", phase="pretrain", arm="f", round=3)
     assert ledger.head() == head
     shown = account(tmp_path, "a", {"max_epsilon": 4.0})
     assert (shown["releases"], shown["rows"][0]["steps"], shown["rdp"]) == (2, 40, totals[1])

@@ -166,9 +166,9 @@ def privacy(facts: dict[str, Any]) -> str:
     """What was spent."""
     if not facts["releases"]:
         return "nothing was released under differential privacy yet."
-    lines = [f"{'study':24} {'stage':12} {'arm':28} {'rounds':>6} {'steps':>8} {'noise':>6} {'rate':>6}"]
+    lines = [f"{'study':24} {'phase':12} {'arm':28} {'rounds':>6} {'steps':>8} {'noise':>6} {'rate':>6}"]
     lines += [
-        f"{row['study'][:24]:24} {row['stage'][:12]:12} {row['arm'][:28]:28} {row['rounds']:>6} {row['steps']:>8} "
+        f"{row['study'][:24]:24} {row['phase'][:12]:12} {row['arm'][:28]:28} {row['rounds']:>6} {row['steps']:>8} "
         f"{row['noise']:>6.3g} {row['rate']:>6.3f}"
         for row in facts["rows"]
     ]

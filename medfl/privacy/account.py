@@ -8,7 +8,7 @@ from typing import Any
 from medfl.privacy.accounting import UNIT, spent
 from medfl.privacy.ledger import WHAT, Ledger
 
-ALIKE = ("study", "stage", "arm", "unit", "noise", "rate")  # releases that are one row
+ALIKE = ("study", "phase", "arm", "unit", "noise", "rate")  # releases that are one row
 
 
 def account(state: Path, site: str, policy: Mapping[str, Any] | None) -> dict[str, Any]:

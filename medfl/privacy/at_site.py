@@ -45,7 +45,7 @@ class Guard:
         patients = self.patients if task.patients is None else task.patients
         return units_of(patients, self.study.privacy, batch=self.study.training.batch_size, key=self._key)
 
-    def book(self, releases: list[Release], *, stage: str, arm: str, number: int, last: bool) -> dict[str, float]:
+    def book(self, releases: list[Release], *, phase: str, arm: str, number: int, last: bool) -> dict[str, float]:
         """Write down what is about to be released; the numbers that may be told of it.
 
         Args:
@@ -58,7 +58,7 @@ class Guard:
             return {}
         privacy, study = self.study.privacy, self.study.study_id or "simulation"
         total = self.ledger.book(
-            releases, self.delta, privacy.max_epsilon, study=study, tight=last, stage=stage, arm=arm, round=number
+            releases, self.delta, privacy.max_epsilon, study=study, tight=last, phase=phase, arm=arm, round=number
         )
         told = {"site/epsilon_rdp": total.rdp, "site/delta": self.delta}
         tight = {"site/epsilon": total.epsilon} if last else {}

@@ -154,7 +154,10 @@ def _take_sums(
     sums = _sum_statistics(updates, layout)
     server.set_moments(sums)
     shares = (1.0,) if is_sum(updates) else weights
-    told = list(server_books.round_of(server.books, server.tensors(), updates, shares, layout, study, number))
+    found = server_books.round_of(
+        server.books, server.tensors(), updates, shares, layout, study, number, sites=max(1, len(weights))
+    )
+    told = list(found)
     told += features.told(updates, layout)
     return of_all(told) if is_sum(updates) else told
 

@@ -179,12 +179,13 @@ def _sums(update: Update, name: str, layout: Layout) -> CodeSums:
 
 def round_of(
     books: Books, tensors: Tensors, updates: Sequence[Update], weights: Sequence[float], layout: Layout, study: Study,
-    number: int,
+    number: int, *, sites: int,
 ) -> Iterator[tuple[str, str, float]]:  # fmt: skip
     """Move every codebook by one round, in place in `tensors`; yields (site, name, value) of its diagnostics.
 
     Args:
         number: of the round; 0: a refresh pass alone, whose sums are of `refresh` in every mode.
+        sites: behind the updates, which may be one sum.
     """
     rounds, mode = study.rounds, study.rounds.codebook if number else "refresh"
     for name in books.kinds:
@@ -195,7 +196,7 @@ def round_of(
         after, parts = books.merge(before, name, updates, weights, layout, mode, rounds.codebook_keep)
         revived = 0
         if 0 < number <= rounds.count - CALM:
-            after, revived = books.revive(after, name, parts, study, number=number, sites=len(weights))
+            after, revived = books.revive(after, name, parts, study, number=number, sites=sites)
         counts.copy_(after.counts)
         sums.copy_(after.sums)
         yield "", f"codebook/{name}/revived", float(revived)

@@ -14,9 +14,8 @@ from medfl.layout import Tensors
 from medfl.run_folder import RunFolder
 from medfl.server_state import Blueprint
 from medfl.site import CENTRAL
-from medfl.study import TUNED, Study
+from medfl.study import AT_ONE_SITE, TUNED, Study
 
-AT_ONE_SITE = ("finetune", "head")
 FROZEN = ("head", "federated_head")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medfl import config
-from medfl.data.phantom import KINDS, Phantom
+from medfl.data.phantom import KINDS, drawn_like
 from medfl.layout import Flat, Layout
 from medfl.methods.base import Method, Role
 from medfl.workshop import new_method
@@ -28,16 +28,8 @@ LEAST = 4  # sites; of three, two that agree are no measure of the third
 def _eye(source: str) -> tuple[Method, Tensor]:
     """The study's method in training mode, and the inspection images (N, C, *S)."""
     study = config.parse(source)
-    dims, channels, size = (int(study.data[name]) for name in ("spatial_dims", "channels", "size"))
-    drawn = Phantom(
-        name="anatomy", spatial_dims=dims, channels=channels, size=max(size, 8), count=IMAGES[dims],
-        images_per_patient=1, classes=KINDS, contrast=0.8, noise=0.04, seed=study.seed,
-    ).load().images  # fmt: skip
-    depth = int(study.data.get("depth") or size)
-    shape = (size, size, depth)[:dims]
-    if tuple(drawn.shape[2:]) != shape:
-        drawn = F.interpolate(drawn, shape)
-    return new_method(study).train(), (drawn + 1) / 2 if study.data.get("modalities") else drawn
+    count = IMAGES[int(study.data["spatial_dims"])]
+    return new_method(study).train(), drawn_like(study.data, count=count, classes=KINDS, seed=study.seed)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medfl import codebooks, seeding
 from medfl.codebooks import Book
-from medfl.data.phantom import Phantom
+from medfl.data.phantom import drawn_like
 from medfl.errors import ConfigError
 from medfl.gate import Update
 from medfl.layout import Layout, Tensors
@@ -73,13 +73,9 @@ def public(study: Study, tensors: Tensors) -> dict[str, Book]:
     Args:
         tensors: the global weights.
     """
-    method, data = new_method(study), study.data
+    method = new_method(study)
     method.load_state_dict(tensors, strict=False)
-    phantom = Phantom(
-        name="anatomy", spatial_dims=int(data["spatial_dims"]), channels=int(data["channels"]), size=int(data["size"]),
-        count=PUBLIC_IMAGES, images_per_patient=1, classes=["smooth", "textured"], contrast=0.8, noise=0.04, seed=0,
-    )  # fmt: skip
-    images = phantom.load().images[..., : int(data.get("depth") or data["size"])]
+    images = drawn_like(study.data, count=PUBLIC_IMAGES, classes=("smooth", "textured"), seed=0)
     found = public_seeds(method, images, study.seed)
     mass = {name: 2 * study.training.batch_size * book.tokens_per_image for name, book in method.codebooks().items()}
     return {name: Book(counts, sums).scaled(mass[name]) for name, (counts, sums) in found.items()}

@@ -12,7 +12,7 @@ from medfl import config, seeding, site_books, site_queues, site_synthesis, site
 from medfl.checkpoint import load_optimizer, optimizer_tensors
 from medfl.data.sample import SiteData
 from medfl.data.sites import pool
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, PolicyError
 from medfl.evaluation import collapse
 from medfl.layout import Layout, Tensors, seed_layout
 from medfl.messages import Answer, Broadcast, Order
@@ -21,7 +21,7 @@ from medfl.methods.phases import Phase, phase_of
 from medfl.methods.tokens import CodeStatistics, TokenSample
 from medfl.models.quantizer import CodeSums
 from medfl.optimizers import scale_rates
-from medfl.privacy.at_site import Guard, refuse_seeds
+from medfl.privacy.at_site import Guard
 from medfl.site_scores import tallies, tallies_layout
 from medfl.site_sums import feature_sums, norm_sums
 from medfl.site_weights import keep_targets, place_targets
@@ -151,7 +151,7 @@ class Site:
         """Before the first round: this site's own k-means of its tokens, as masses and sums of its centres."""
         order, method = broadcast.order, self.shop.method
         if self.guard is not None:
-            refuse_seeds()
+            raise PolicyError("privacy: the first codebook is of drawn images, not of centres. Nothing was sent.")
         self._load(broadcast, self._kept(order))
         layout = seed_layout(method)
         found = self._seeds(least=self.shop.study.rounds.codebook_images)

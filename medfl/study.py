@@ -13,6 +13,7 @@ SCHEDULES = ("cosine", "steps")
 LEAST_COUNT = 3  # patients behind a count that may leave a site
 PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
 TUNED = ("finetune", "head", "federated_finetune", "federated_head", "central_finetune")
+AT_ONE_SITE = ("finetune", "head")  # of TUNED: a network of one site, for everybody's steps
 ARMS = ("random", "local", "federated", "central")
 
 

@@ -31,8 +31,7 @@ class Marked(PrivateGradients):
     def mark(self, count: int, *, seed: int) -> None:
         """Put `count` canaries among the units, each of them by a coin."""
         draw = torch.Generator().manual_seed(seed)
-        size = sum(parameter.numel() for parameter in self.parameters)
-        self.places = torch.randperm(size, generator=draw)[:count].to(self.where.device)
+        self.places = torch.randperm(self.size, generator=draw)[:count].to(self.where.device)
         self.part = torch.rand(len(self.places), generator=draw) < 0.5
         self.seen = torch.zeros(len(self.places), device=self.where.device)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def _round(study: Study, site: Site, method: Method) -> list[Tensor]:
     plan, before = study.finetune, {name: tensor.clone() for name, tensor in method.state_dict().items()}
     optimizer = config.build(plan.optimizer, parameters=method.trainable())
     views = config.build(plan.views)
-    task = site.task.__class__(site.images, site.data.train.labels, views, site.patients)
+    task = replace(site.task, views=views)
     round_ = Plan(study.seed, site.data.name, 1, plan.rounds, plan.steps, plan.batch_size, plan.warmup, plan.schedule)
     starts = [parameter.detach().clone() for parameter in method.trainable()]
     train_locally(method, task, optimizer, round_, site.shop.where)

@@ -7,11 +7,13 @@ tells them apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medfl.data.sample import Records, number, require, whole
 from medfl.seeding import generator
@@ -218,3 +220,20 @@ def _lesion(at: Tensor, body: dict[str, Tensor], kinds: Tensor, sharpness: int) 
         return level, mask
     grain = _ripples(at, body["grain"], body["grain_phase"]) / math.sqrt(WAVES)
     return level * (1 + 0.8 * textured * grain), mask
+
+
+def drawn_like(data: Mapping[str, Any], *, count: int, classes: Sequence[str], seed: int) -> Tensor:
+    """Drawn images (count, C, *S) of the shape and range of a study's own, so that no site has to give any away.
+
+    Args:
+        data: the study's node.
+    """
+    dims, channels, size = (int(data[name]) for name in ("spatial_dims", "channels", "size"))
+    images = Phantom(
+        name="anatomy", spatial_dims=dims, channels=channels, size=max(size, 8), count=count, images_per_patient=1,
+        classes=classes, contrast=0.8, noise=0.04, seed=seed,
+    ).load().images  # fmt: skip
+    shape = (size, size, int(data.get("depth") or size))[:dims]
+    if tuple(images.shape[2:]) != shape:
+        images = F.interpolate(images, shape)
+    return (images + 1) / 2 if data.get("modalities") else images

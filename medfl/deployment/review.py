@@ -9,7 +9,7 @@ import yaml
 from medfl import __version__, config
 from medfl.derived import derive_tree
 from medfl.errors import ConfigError
-from medfl.finetuning import AT_ONE_SITE, FROZEN
+from medfl.finetuning import FROZEN
 from medfl.layout import Layout, Policy, counts_layout, seed_layout, study_claims, update_layout
 from medfl.messages import DESCRIBE, EVALUATE, KEYS, REFRESH, SEED, SHARES, SYNTHESIZE, TRAIN, UNMASK
 from medfl.methods.base import Method, Role
@@ -20,7 +20,7 @@ from medfl.provision.app import differences, version_of
 from medfl.provision.documents import Invitation
 from medfl.rounds import LLOYD
 from medfl.secagg import layouts, shamir
-from medfl.study import Study
+from medfl.study import AT_ONE_SITE, Study
 from medfl.workshop import new_method
 
 UNKNOWN = 2  # classes, or labels of masks, where neither study nor site says how many

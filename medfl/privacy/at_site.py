@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medfl.errors import ConfigError, PolicyError
+from medfl.errors import ConfigError
 from medfl.methods.base import Method
 from medfl.privacy import codes
 from medfl.privacy.accounting import BUCKET, PATIENT, Release
 from medfl.privacy.gradients import PrivateGradients
 from medfl.privacy.ledger import Ledger
 from medfl.privacy.secret import Secret
-from medfl.privacy.units import Units, bucket_key, units_of
+from medfl.privacy.units import Units, bucket_key, rows_of, units_of
 from medfl.study import Study
 from medfl.training import Device, Plan, Task
 
@@ -39,11 +39,15 @@ class Guard:
         self.delta = study.privacy.delta or 1 / (10 * people)
         self.ledger = Ledger.of(Path(study.state_dir), site)
         self._key = bucket_key(self.ledger.path.with_suffix(".key"))
+        self._units: tuple[Task, Units] | None = None  # of the last task
 
     def units(self, task: Task) -> Units:
         """Who is sampled in the steps of this task."""
-        patients = self.patients if task.patients is None else task.patients
-        return units_of(patients, self.study.privacy, batch=self.study.training.batch_size, key=self._key)
+        if self._units is None or self._units[0] is not task:
+            patients = self.patients if task.patients is None else task.patients
+            found = units_of(patients, self.study.privacy, batch=self.study.training.batch_size, key=self._key)
+            self._units = task, found
+        return self._units[1]
 
     def book(self, releases: list[Release], *, phase: str, arm: str, number: int, last: bool) -> dict[str, float]:
         """Write down what is about to be released; the numbers that may be told of it.
@@ -86,8 +90,8 @@ class Guard:
         if not self.method.codebooks():
             return {}
         secret, privacy = Secret(), self.study.privacy
-        units = units_of(self.patients, privacy, batch=1, key=self._key).patients
-        rows = [secret.some(units[int(place)], privacy.images) for place in secret.chosen(len(units), self._rate)]
+        own = list(rows_of(self.patients).values())
+        rows = [secret.some(own[int(place)], privacy.images) for place in secret.chosen(len(own), self._rate)]
         owners = torch.cat([torch.full((len(part),), place) for place, part in enumerate(rows)] or [torch.empty(0)])
         shares = torch.cat([torch.full((len(part),), 1 / len(part)) for part in rows] or [torch.empty(0)])
         chosen = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
@@ -98,11 +102,3 @@ class Guard:
                 self.method.observe(images[chosen[part].to(images.device)].to(where.device), 0.0)
         sums.fill(where.device)
         return codes.released(sums.rows, self.method, privacy, secret)
-
-
-def refuse_seeds() -> None:
-    """
-    Raises:
-        PolicyError: always: centres of a site's tokens are no private release.
-    """
-    raise PolicyError("under differential privacy the first codebook comes from public images. Nothing was sent.")

@@ -1,10 +1,9 @@
 """What a whole study would cost the patients of one site, before it starts."""
 
 from medfl.privacy.accounting import BUCKET, PATIENT, Release
+from medfl.privacy.units import sampling
 from medfl.protection import Privacy
-from medfl.study import Study
-
-ONE_SITE = ("finetune", "head")  # protocols whose network sees one site alone, for everybody's steps
+from medfl.study import AT_ONE_SITE, Study
 
 
 def forecast(study: Study, patients: int, *, sites: int, books: bool) -> list[Release]:
@@ -29,15 +28,13 @@ def forecast(study: Study, patients: int, *, sites: int, books: bool) -> list[Re
     if "finetune" in study.stages:
         for protocol in tuning.protocols:
             for fraction in tuning.fractions:
-                tuned = [arm for arm in arms if arm != "local" or protocol in ONE_SITE]
-                steps = tuning.steps * (sites if protocol in ONE_SITE else 1) * tuning.rounds * len(tuned)
+                tuned = [arm for arm in arms if arm != "local" or protocol in AT_ONE_SITE]
+                steps = tuning.steps * (sites if protocol in AT_ONE_SITE else 1) * tuning.rounds * len(tuned)
                 labelled = max(1, round(fraction * patients))
                 found.append(_training(privacy, labelled, tuning.batch_size, steps))
     return [release for release in found if release.steps]
 
 
 def _training(privacy: Privacy, patients: int, batch: int, steps: int) -> Release:
-    if privacy.mechanism == "patient":
-        return Release(PATIENT, privacy.noise, min(1.0, batch / patients), steps)
-    buckets = -(-patients // privacy.bucket)
-    return Release(BUCKET, privacy.noise, min(1.0, batch / privacy.bucket / buckets), steps)
+    _, rate = sampling(privacy, patients, batch)
+    return Release(PATIENT if privacy.mechanism == "patient" else BUCKET, privacy.noise, rate, steps)

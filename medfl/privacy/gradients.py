@@ -48,6 +48,7 @@ class PrivateGradients:
         self.method, self.task, self.plan, self.where = method, task, plan, where
         self.privacy, self.units, self.secret = privacy, units, secret or Secret()
         self.parameters = method.trainable()
+        self.size = sum(parameter.numel() for parameter in self.parameters)  # D
         self._sampler: Any = None
 
     def __enter__(self) -> Self:
@@ -77,7 +78,7 @@ class PrivateGradients:
     def summed(self, step: int) -> Tensor:
         """The sum (D,) of the clipped gradients of a Poisson sample of the units, without noise."""
         chosen = self.secret.chosen(len(self.units.members), self.units.rate)
-        total = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.where.device)
+        total = torch.zeros(self.size, device=self.where.device)
         for rows in self.of_units(chosen, self.plan.progress(step)):
             total += clipped_sum(rows, self.privacy.clip)
         return total
@@ -98,7 +99,7 @@ class PrivateGradients:
         """The gradient (D,) of the loss among the images of one bucket."""
         losses = losses_of(self.method, self.task, rows, self.secret.key(), progress, self.where)
         if not losses["total"].requires_grad:
-            return torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=self.where.device)
+            return torch.zeros(self.size, device=self.where.device)
         found = torch.autograd.grad(losses["total"], self.parameters, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
         return torch.cat([part.reshape(-1).float() for part in parts])

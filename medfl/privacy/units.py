@@ -41,17 +41,29 @@ def units_of(patients: Sequence[int] | Tensor, privacy: Privacy, *, batch: int, 
         batch: training.batch_size: patients of a step on average.
         key: of the hash that puts patients into buckets; it must not depend on who else is there.
     """
+    rows = rows_of(patients)
+    images, (count, rate) = tuple(rows.values()), sampling(privacy, len(rows), batch)
+    if privacy.mechanism == "patient":
+        return Units(images, tuple((place,) for place in range(count)), rate)
+    buckets: list[list[int]] = [[] for _ in range(count)]
+    for place, patient in enumerate(rows):
+        buckets[bucket_of(patient, count, key)].append(place)
+    return Units(images, tuple(tuple(bucket) for bucket in buckets), rate)
+
+
+def rows_of(patients: Sequence[int] | Tensor) -> dict[int, Tensor]:
+    """Patient -> rows of its images, in the order of their first ones."""
     rows: dict[int, list[int]] = {}
     for row, patient in enumerate(patients.tolist() if isinstance(patients, Tensor) else patients):
         rows.setdefault(int(patient), []).append(row)
-    images = tuple(torch.tensor(found) for found in rows.values())
-    if privacy.mechanism == "patient":
-        return Units(images, tuple((place,) for place in range(len(images))), min(1.0, batch / len(images)))
-    buckets: list[list[int]] = [[] for _ in range(math.ceil(len(images) / privacy.bucket))]
-    for place, patient in enumerate(rows):
-        buckets[bucket_of(patient, len(buckets), key)].append(place)
-    rate = min(1.0, batch / privacy.bucket / len(buckets))
-    return Units(images, tuple(tuple(bucket) for bucket in buckets), rate)
+    return {patient: torch.tensor(found) for patient, found in rows.items()}
+
+
+def sampling(privacy: Privacy, patients: int, batch: int) -> tuple[int, float]:
+    """How many units so many patients make, and the probability that one takes part in a step."""
+    size = 1 if privacy.mechanism == "patient" else privacy.bucket
+    count = math.ceil(patients / size)
+    return count, min(1.0, batch / size / count)
 
 
 def bucket_of(patient: int, buckets: int, key: bytes) -> int:

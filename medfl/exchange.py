@@ -9,10 +9,11 @@ from flwr.app import Message
 from medfl.asking import replies
 from medfl.enrolment import Enrolled, Federation, common
 from medfl.evaluation.counts import LEAST
-from medfl.gate import Expected, ReplyRefused, Update, admit
+from medfl.gate import Expected, ReplyRefused, Update, admit, length_of
 from medfl.layout import Flat, Layout
 from medfl.messages import Broadcast, Order
 from medfl.run_folder import Event
+from medfl.turns import Take, Turns
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,16 @@ class Request:
         return self.kind.partition(".")[2]
 
 
-def collect(federation: Federation, request: Request, sites: Sequence[Enrolled]) -> list[Update]:
+def collect(
+    federation: Federation, request: Request, sites: Sequence[Enrolled], take: Take | None = None
+) -> list[Update]:
     """Send the request; the admitted replies in the order of site names.
 
     A refused reply costs its site this request and is recorded with its reason; nobody else is touched.
+
+    Args:
+        take: gets each update as early as that order allows; what it returns takes the update's place, so that arrays
+            can be let go.
 
     Raises:
         NetworkError (or the sites' common error): fewer usable replies than rounds.quorum asks for.
@@ -58,7 +65,8 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
     ]
     for asked_site in sites:
         folder.wire(_rows(request, asked_site.name, "down", request.sends, {}))
-    updates: dict[str, Update] = {}
+    turns = Turns([site.name for site in sites], take, folder.path)
+    length = length_of(request.flat) if request.trains else None
     heads: dict[str, str] = {}
     refused: list[tuple[Message, str, str]] = []
     for place, reply in replies(
@@ -68,21 +76,25 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
         try:
             if not reply.has_error() and reply.metadata.src_node_id != site.node:
                 raise ReplyRefused(f"site '{site.name}': node {reply.metadata.src_node_id} answered in its place.")
-            expected = _expected(federation, request, site)
+            expected = _expected(federation, request, site, length)
             head = federation.unsealed(reply, site.name, digest)
-            update = updates[site.name] = admit(reply, expected)
+            update = admit(reply, expected)
             heads[site.name] = head
             folder.wire(_rows(request, site.name, "up", expected.layout, update.metrics))
+            turns.came(update)
         except ReplyRefused as error:
             refused.append((reply, site.name, str(error)))
             folder.wire(_refused_rows(request, site.name, reply))
+            turns.gone(site.name)
     stage, order = request.stage, request.order
-    heard = {*updates, *(name for _, name, _ in refused)}
+    heard = {*heads, *(name for _, name, _ in refused)}
     silent = [
         (site.name, f"site '{site.name}': no reply within {deadline:.0f} s.")
         for site in sites
         if site.name not in heard
     ]
+    for name, _ in silent:
+        turns.gone(name)
     lost = [*((name, text) for _, name, text in refused), *silent]
     folder.write(Event(stage, order.arm, order.round, name, "refused", 1.0, text) for name, text in lost)
     folder.write(
@@ -91,14 +103,14 @@ def collect(federation: Federation, request: Request, sites: Sequence[Enrolled])
         if head
     )
     need = math.ceil(limits.quorum * len(sites))
-    if len(updates) < need:
+    if len(turns.done) < need:
         reasons = " ".join(text for _, text in lost)
-        found = f"{len(updates)} of {len(sites)} sites gave a usable reply, rounds.quorum asks for {need}."
+        found = f"{len(turns.done)} of {len(sites)} sites gave a usable reply, rounds.quorum asks for {need}."
         raise common([r for r, *_ in refused], f"arm '{order.arm}', round {order.round}: {found} {reasons}")
-    return [updates[name] for name in sorted(updates)]
+    return turns.done
 
 
-def _expected(federation: Federation, request: Request, site: Enrolled) -> Expected:
+def _expected(federation: Federation, request: Request, site: Enrolled, length: float | None) -> Expected:
     limits = federation.study.rounds
     return Expected(
         site=site.name,
@@ -108,6 +120,7 @@ def _expected(federation: Federation, request: Request, site: Enrolled) -> Expec
         volumes=site.volumes if request.trains else 0,
         steps=request.order.steps,
         before=request.flat if request.trains else {},
+        length=length,
         max_update=limits.max_update,
         max_growth=limits.max_growth,
         accepted=request.norms,

@@ -1,6 +1,6 @@
 """What the sums of unit features over all sites tell: spread, and how far apart the sites are."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,29 +13,46 @@ from medfl.methods.base import Role
 PRECISION = 0.5  # ε² of the coding rate, as in MedCSS
 
 
-def told(updates: Sequence[Update], layout: Layout) -> list[tuple[str, str, float]]:
-    """(site, name, value): global coding rate and RankMe, the rate of each site, and the separability of the sites.
+class Pool:
+    """The sums of all sites, added up as they come: one site's are not kept."""
 
-    Separability is R(all) - Σ w_i R(site i), w_i by images: the rate reduction of the division into sites (Yu et al.
-    2020, eq. 8). It falls as the encoder forgets the scanner. With few images per feature it is far above 0 without any
-    difference between the sites: read its change over the rounds, beside the rate, not its level.
-    """
-    slots = layout.of_role(Role.STATISTICS)
-    if not slots.slots:
-        return []
-    sums = {update.site: slots.unpack(update.flat) for update in updates}
-    parts = {site: (float(t["features.count"][0]), t["features.sum"], t["features.gram"]) for site, t in sums.items()}
-    rates = {site: coding_rate(*part) for site, part in parts.items()}
-    counts, totals, grams = zip(*parts.values(), strict=True)
-    count, total, gram = sum(counts), torch.stack(totals).sum(0), torch.stack(grams).sum(0)
-    rate = coding_rate(count, total, gram)
-    inside = sum(n * rates[site] for n, site in zip(counts, rates, strict=True)) / count
-    return [
-        ("", "features/coding_rate", rate),
-        ("", "features/rankme", rankme_from_sums(int(count), total, gram)),
-        ("", "features/site_separability", rate - inside),
-        *((site, "features/coding_rate", value) for site, value in rates.items()),
-    ]
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout.of_role(Role.STATISTICS)
+        self._parts: dict[str, tuple[float, float]] = {}  # site -> images, coding rate
+        self._total: tuple[float, Tensor, Tensor] | None = None
+
+    def add(self, update: Update) -> Update:
+        """The update without what was added."""
+        if not self.layout.slots:
+            return update
+        tensors = self.layout.unpack(update.flat)
+        part = float(tensors["features.count"][0]), tensors["features.sum"], tensors["features.gram"]
+        self._parts[update.site] = part[0], coding_rate(*part)
+        if self._total is None:
+            self._total = part[0], part[1].clone(), part[2].clone()
+        else:
+            count, total, gram = self._total
+            self._total = count + part[0], total.add_(part[1]), gram.add_(part[2])
+        return replace(update, flat={g: a for g, a in update.flat.items() if g not in self.layout.sizes})
+
+    def told(self) -> list[tuple[str, str, float]]:
+        """(site, name, value): global coding rate and RankMe, the rate of each site, and the separability of the sites.
+
+        Separability is R(all) - Σ w_i R(site i), w_i by images: the rate reduction of the division into sites (Yu et
+        al. 2020, eq. 8). It falls as the encoder forgets the scanner. With few images per feature it is far above 0
+        without any difference between the sites: read its change over the rounds, beside the rate, not its level.
+        """
+        if self._total is None:
+            return []
+        count, total, gram = self._total
+        rate = coding_rate(count, total, gram)
+        inside = sum(images * own for images, own in self._parts.values()) / count
+        return [
+            ("", "features/coding_rate", rate),
+            ("", "features/rankme", rankme_from_sums(int(count), total, gram)),
+            ("", "features/site_separability", rate - inside),
+            *((site, "features/coding_rate", own) for site, (_, own) in self._parts.items()),
+        ]
 
 
 def coding_rate(count: float, total: Tensor, gram: Tensor) -> float:

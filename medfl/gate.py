@@ -48,6 +48,7 @@ class Expected:
     volumes: int = 0  # enrolled training volumes; 0: the reply claims none
     steps: int = 0
     before: Flat = field(default_factory=dict)  # the broadcast, to measure the update
+    length: float | None = None  # the broadcast's L2 norm, where it was computed before
     max_update: float = math.inf
     max_growth: float = math.inf
     accepted: Sequence[float] = ()  # norms of the updates accepted so far
@@ -218,28 +219,34 @@ def _check_counts(flat: Flat, metrics: dict[str, float], expected: Expected) -> 
             raise _refuse(expected, f"protocol '{name}' counts {images:g} images, and tested {tested:g}, need as many.")
 
 
-def _squares(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
-    """‖after - before‖² and ‖before‖², in parts that stay in the cache: torch.dist takes five times as long."""
-    change = size = 0.0
+def _square(after: np.ndarray, before: np.ndarray) -> float:
+    """‖after - before‖², in parts that stay in the cache: torch.dist takes five times as long."""
+    change = 0.0
+    buffer = np.empty(min(CHUNK, before.size), before.dtype)
     for start in range(0, before.size, CHUNK):
         old = before[start : start + CHUNK]
-        moved = after[start : start + CHUNK] - old
-        change, size = change + float(np.dot(moved, moved)), size + float(np.dot(old, old))
-    return change, size
+        moved = np.subtract(after[start : start + CHUNK], old, out=buffer[: old.size])
+        change += float(np.dot(moved, moved))
+    return change
+
+
+def length_of(flat: Flat) -> float:
+    """L2 norm of the parameters and momentum encoders in a broadcast."""
+    counted = [array for group, array in flat.items() if group.startswith(("parameter/", "target/"))]
+    return math.sqrt(sum(_square(array, np.broadcast_to(array.dtype.type(0), array.shape)) for array in counted))
 
 
 def _update_norm(flat: Flat, expected: Expected) -> float:
-    change = size = 0.0
+    change = 0.0
     for group, before in expected.before.items():
-        if group.startswith(("parameter/", "target/")):
-            moved, length = _squares(flat.get(group, before), before)  # what a site does not answer, it left alone
-            change, size = change + moved, size + length
-    norm, broadcast = math.sqrt(change), math.sqrt(size)
-    if norm > expected.max_update * broadcast:
+        if group.startswith(("parameter/", "target/")) and group in flat:  # what is not answered was left alone
+            change += _square(flat[group], before)
+    norm, length = math.sqrt(change), length_of(expected.before) if expected.length is None else expected.length
+    if norm > expected.max_update * length:
         raise _refuse(
             expected,
             f"its update has norm {norm:.3g}, more than rounds.max_update={expected.max_update:g} "
-            f"times the broadcast's {broadcast:.3g}.",
+            f"times the broadcast's {length:.3g}.",
         )
     if expected.accepted and norm > expected.max_growth * float(np.median(expected.accepted)):
         raise _refuse(

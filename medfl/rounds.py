@@ -2,10 +2,11 @@
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from medfl import conduct, config, features, rules, server_books
-from medfl.ballot import Ballot, Rule, influence, weights_before
+from medfl import features, rules, server_books
+from medfl.aggregation import begin
+from medfl.ballot import weights_before
 from medfl.enrolment import Enrolled, Federation
 from medfl.errors import DivergedError
 from medfl.exchange import Request
@@ -20,6 +21,7 @@ from medfl.secagg.at_server import REMARK, collect_added, is_sum, of_all
 from medfl.server_books import Books
 from medfl.server_state import Server
 from medfl.study import Study
+from medfl.turns import detached
 
 LLOYD = 3  # exchanges of code sums before the first round
 CONFIRMED = 2  # collapsed rounds running
@@ -50,22 +52,24 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
         TRAIN[federation.stage], order, server.blueprint.sends, server.flat, parts, parts.digest, True, server.norms
     )
     weigh = weights_before(server.blueprint.sends, study, able, steps, needed)
-    updates, added = collect_added(federation, request, able, weigh)
+    aggregation = begin(federation, server, able, len(sites), needed)
+    updates, added = collect_added(federation, request, able, weigh, aggregation.take)
     point("before_aggregate")
-    rule: Rule = config.partial(study.rule) if len(sites) > 1 else rules.weighted_mean  # a lone site is not outvoted
     told: list[tuple[str, str, float]] = []
-    if is_sum(added):
+    if hidden := is_sum(added):
         server.step({g: array for g, array in added[0].flat.items() if g.startswith(("parameter/", "target/"))})
+        aggregation.pool.add(added[0])
     else:
-        updates, told = _take_weights(federation, server, updates, {site.name: site for site in able}, rule, needed)
+        updates, told = aggregation.step(updates)
         added = updates
+        server.norms = (server.norms + [update.norm for update in updates])[-1000:]
     weights = rules.site_weights([update.volumes for update in updates], study.rounds.max_share)
     point("after_aggregate")
     server.round += 1
-    told += _take_sums(study, server, added, weights, parts, server.round)
-    server.norms = (server.norms + [update.norm for update in updates if update.flat])[-1000:]
+    told += _take_sums(study, server, added, weights, aggregation.pool, server.round)
     seconds = time.perf_counter() - began
-    federation.folder.write(_events(server, updates, weights, told, seconds=seconds, stage=federation.stage))
+    events = _events(server, updates, weights, told, seconds=seconds, stage=federation.stage, hidden=hidden)
+    federation.folder.write(events)
     point("after_round")
 
 
@@ -82,8 +86,11 @@ def _begin_phase(federation: Federation, server: Server) -> str:
 
 def refresh(federation: Federation, server: Server, sites: Sequence[Enrolled]) -> None:
     """Norm statistics and codebooks under the final weights, over all sites, and the monitors of the final encoder."""
-    updates, added = _ask(REFRESH, federation, server, sites, server.blueprint.sums)
-    told = _take_sums(federation.study, server, added, (), server.blueprint.sums, 0)
+    pool = features.Pool(server.blueprint.sums)
+    updates, added = _ask(REFRESH, federation, server, sites, server.blueprint.sums, lambda u: detached(pool.add(u)))
+    if is_sum(added):
+        pool.add(added[0])
+    told = _take_sums(federation.study, server, added, (), pool, 0)
     monitors = [
         (update.site, name, value)
         for update in updates
@@ -134,31 +141,42 @@ def join_codebooks(federation: Federation, server: Server, members: int, joined:
 
 
 def _ask(
-    kind: str, federation: Federation, server: Server, sites: Sequence[Enrolled], answers: Layout
+    kind: str,
+    federation: Federation,
+    server: Server,
+    sites: Sequence[Enrolled],
+    answers: Layout,
+    take: Callable[[Update], Update] | None = None,
 ) -> tuple[list[Update], list[Update]]:
     """Sums under the present state, without training: `answers` is what each reply holds; as `collect_added`."""
     order = order_of(federation.study, server, server.round, 1)
     request = Request(kind, order, server.blueprint.sends, server.flat, answers, answers.digest, trains=False)
-    return collect_added(federation, request, sites, lambda names: {})  # noqa: ARG005
+    return collect_added(federation, request, sites, lambda names: {}, take)  # noqa: ARG005
 
 
 def _take_sums(
-    study: Study, server: Server, updates: Sequence[Update], weights: Sequence[float], layout: Layout, number: int
+    study: Study,
+    server: Server,
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    pool: features.Pool,
+    number: int,
 ) -> list[tuple[str, str, float]]:
     """Set what follows from the sums of the refresh pass; (site, name, value) of what they tell.
 
     Args:
         weights: of the sites; none needed for a refresh pass alone.
+        pool: the sums of features.
         number: of the round; 0: a refresh pass alone.
     """
+    layout = server.blueprint.answers if number else server.blueprint.sums
     sums = _sum_statistics(updates, layout)
     server.set_moments(sums)
     shares = (1.0,) if is_sum(updates) else weights
     found = server_books.round_of(
         server.books, server.tensors(), updates, shares, layout, study, number, sites=max(1, len(weights))
     )
-    told = list(found)
-    told += features.told(updates, layout)
+    told = [*found, *pool.told()]
     return of_all(told) if is_sum(updates) else told
 
 
@@ -192,36 +210,6 @@ def order_of(study: Study, server: Server, number: int, steps: int) -> Order:
     )
 
 
-def _take_weights(
-    federation: Federation,
-    server: Server,
-    updates: Sequence[Update],
-    sites: Mapping[str, Enrolled],
-    rule: Rule,
-    needed: str,
-) -> tuple[list[Update], list[tuple[str, str, float]]]:
-    """Step to the aggregate of the updates that count; these, and (site, name, value) of what was seen of all.
-
-    Args:
-        needed: owner group of the volumes that the phase trains on; "": all.
-    """
-    study, number, sends = federation.study, server.round + 1, server.blueprint.sends
-    ballot = Ballot.of(updates, sites, sends, server.flat, needed=needed, accepted=server.norms)
-    judged = conduct.judge(study, sends, updates, ballot, server.earlier)
-    for place in sorted(judged.out, reverse=True):
-        ballot = ballot.without(place)
-    kept = [update for place, update in enumerate(updates) if place not in judged.out]
-    moved = influence(ballot, rule, study.rounds.max_share)
-    server.step(ballot.count(rule, study.rounds.max_share))
-    remarks = [Event(federation.stage, server.arm, number, "", "remark", 1.0, text) for text in judged.remarks]
-    out = [
-        Event(federation.stage, server.arm, number, updates[place].site, "refused", 1.0, f"left out: {text}")
-        for place, text in sorted(judged.out.items())
-    ]
-    federation.folder.write([*remarks, *out])
-    return kept, judged.told + [(u.site, "round/influence", v) for u, v in zip(kept, moved, strict=bool(moved))]
-
-
 def _sum_statistics(updates: Sequence[Update], layout: Layout) -> Tensors:
     """Plain sums over the sites of the norms' inputs, in the order of their names."""
     total: Tensors = {}
@@ -240,6 +228,7 @@ def _events(
     *,
     seconds: float,
     stage: str,
+    hidden: bool,
 ) -> list[Event]:
     def event(site: str, name: str, value: float) -> Event:
         return Event(stage, server.arm, server.round, site, name, value)
@@ -247,7 +236,7 @@ def _events(
     rows = [event("", "round/seconds", seconds)]
     for update, weight in zip(updates, weights, strict=True):
         rows.append(event(update.site, "round/weight", weight))
-        if update.flat:
+        if not hidden:
             rows.append(event(update.site, "round/update_norm", update.norm))
         rows += [event(update.site, name, value) for name, value in sorted(update.metrics.items())]
     means = _means(updates, weights)
@@ -256,7 +245,7 @@ def _events(
     rows.append(event("", "round/sites", float(len(updates))))  # closes the round for those who watch
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
     remarks = [*server.blueprint.remarks(terms), *_index_alarms(told)]
-    if server.round == 1 and not any(update.flat for update in updates):
+    if server.round == 1 and hidden:
         remarks.append(REMARK)
     if collapse := server.blueprint.alarm(terms):
         remarks.append(f"collapsed: {collapse}")

@@ -5,11 +5,11 @@ momentum and adaptivity are the server optimizer's. Sums run in float64 in a fix
 equal bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 
 from medfl.errors import ConfigError
 from medfl.whole import Whole
@@ -34,24 +34,11 @@ class Before:
     places: Sequence[int] = ()
 
 
-CHUNK = 1 << 16  # elements; the float64 accumulator then stays in cache
-
-
 def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
     """Σ w_i x_i / Σ w_i (McMahan et al. 2017, algorithm 1); float64 inside, one rounding at the end."""
-    shares = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
-    if len(values) == 1:
-        return values[0].copy()
-    mean = np.empty_like(values[0])
-    out, parts = torch.from_numpy(mean), [torch.from_numpy(value) for value in values]
-    total = torch.empty(min(CHUNK, mean.size), dtype=torch.float64)
-    for start in range(0, mean.size, CHUNK):
-        place = slice(start, min(start + CHUNK, mean.size))
-        chunk = total[: place.stop - start].zero_()
-        for share, part in zip(shares, parts, strict=True):
-            chunk.add_(part[place], alpha=float(share))
-        out[place] = chunk
-    return mean
+    from medfl.adding import mean  # numba takes half a second to import
+
+    return values[0].copy() if len(values) == 1 else mean(values, weights)
 
 
 def uniform_mean(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
@@ -179,6 +166,21 @@ def layer_divergence_aware(values: Sequence[np.ndarray], weights: Sequence[float
         if sum(shares) > 0:
             mean[place] = sum(share * layer for share, layer in zip(shares, layers, strict=True)) / sum(shares)
     return mean
+
+
+def linear(rule: Callable[..., np.ndarray]) -> bool:
+    """Whether a rule is a mean with weights of volumes alone, which can be made as the updates come."""
+    return rule_of(rule) in (weighted_mean, uniform_mean)
+
+
+def rule_of(rule: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The function behind a rule whose arguments are set."""
+    return rule.func if isinstance(rule, partial) else rule
+
+
+def shares_of(rule: Callable[..., np.ndarray], volumes: Sequence[float], max_share: float) -> list[float]:
+    """What the sites weigh in a linear rule, of sum 1."""
+    return [1 / len(volumes)] * len(volumes) if rule_of(rule) is uniform_mean else site_weights(volumes, max_share)
 
 
 def site_weights(volumes: Sequence[float], max_share: float) -> list[float]:

@@ -20,6 +20,7 @@ from medfl.layout import (
     traveling,
     update_layout,
 )
+from medfl.malloc import keep_freed
 from medfl.methods.base import Method, Role
 from medfl.site_weights import Blend
 from medfl.study import Study
@@ -60,6 +61,7 @@ def workshop(source: str) -> Workshop:
     """Built once per process and study, and reused for every site and round."""
     study = config.parse(source)
     torch.set_num_threads(study.training.threads)
+    keep_freed()
     plan = study.training
     where = Device.choose(plan.device, plan.precision, plan.channels_last)
     if where.bf16 and where.device.type == "cpu" and int(study.data["spatial_dims"]) == 3:

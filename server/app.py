@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from medfl import config, stages
 from medfl.enrolment import Federation
+from medfl.malloc import keep_freed
 from medfl.run_folder import RunFolder
 from medfl.server_seals import Seals
 
@@ -19,6 +20,7 @@ def main(grid: Grid, context: Context) -> None:
 
     With a `root`, the folder of a coordinator, orders and answers are sealed, and the run is kept in it.
     """
+    keep_freed()
     asked = context.run_config
     study, root = config.parse(str(asked["study"])), str(asked.get("root", ""))
     named = tuple(str(asked.get("stages", "")).split(",")) if asked.get("stages") else study.stages

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from medfl.evaluation.collapse import rankme, sums
-from medfl.features import PRECISION, coding_rate, told
+from medfl.features import PRECISION, Pool, coding_rate
 from medfl.gate import Update
 from medfl.layout import Layout
 from medfl.methods.base import Claim, Role
@@ -22,13 +22,13 @@ def rows(seed: int, count: int, shift: float = 0.0) -> Tensor:
 def told_of(sites: dict[str, Tensor]) -> dict[tuple[str, str], float]:
     shapes = {"count": (1,), "sum": (WIDTH,), "gram": (WIDTH, WIDTH)}
     layout = Layout.of((f"features.{k}", Claim(Role.STATISTICS), shape, "float64") for k, shape in shapes.items())
-    updates = []
+    pool = Pool(layout)
     for site, features in sites.items():
         count, total, gram = sums(features)
         named = {"count": torch.tensor([count], dtype=torch.float64), "sum": total, "gram": gram}
         flat = layout.pack({f"features.{name}": tensor for name, tensor in named.items()})
-        updates.append(Update(site, flat, len(features), {}, 0.0))
-    return {(site, name): value for site, name, value in told(updates, layout)}
+        assert pool.add(Update(site, flat, len(features), {}, 0.0)).flat == {}
+    return {(site, name): value for site, name, value in pool.told()}
 
 
 def test_sums_of_sites_tell_what_the_pooled_rows_tell() -> None:

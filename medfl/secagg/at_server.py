@@ -30,11 +30,19 @@ ONE_SITE = ("/exclusivity", "/rare", "/site_separability")  # ends of figures th
 
 
 def collect_added(
-    federation: Federation, request: Request, sites: Sequence[Enrolled], weigh: Weigh
+    federation: Federation,
+    request: Request,
+    sites: Sequence[Enrolled],
+    weigh: Weigh,
+    take: Callable[[Update], Update] | None = None,
 ) -> tuple[list[Update], list[Update]]:
-    """The sites' answers, and what is to be added up of them: those, or their sum alone under secure aggregation."""
+    """The sites' answers, and what is to be added up of them: those, or their sum alone under secure aggregation.
+
+    Args:
+        take: as of `collect`; a sum is not taken.
+    """
     if not (federation.study.secagg.active and request.answers.slots):
-        updates = collect(federation, request, sites)
+        updates = collect(federation, request, sites, take)
         return updates, updates
     updates, total = collect_sum(federation, request, sites, weigh)
     return updates, [total]

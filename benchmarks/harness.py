@@ -3,6 +3,17 @@
 All contestants run in one process, interleaved, in an order that is reversed every other round; what counts is the
 ratio within a round, and of those the median. Single-thread contests take the CPU time of the process, which other
 work on the machine disturbs least; contests of several threads or processes take wall time.
+
+What `bench.py` reads from the file that a script writes for `--json FILE`, beside whatever else is in it:
+
+    {"machine": machine(),
+     "figures": [{"name": "views default 28x28x28 / MONAI", "ratio": {"median": 18.1, "min": 17.2, "max": 18.9},
+                  "bar": 15.0, "better": "higher"},
+                 {"name": "overhead pfl", "not_run": "pfl is not installed"}]}
+
+One entry a ratio, made by `figure`, or by `not_run` where the peer is missing: nothing is left out in silence. `bar` is
+null for a ratio that is shown without a demand; `better` tells on which side of it is good. Names are unique over all
+scripts and begin with the script's.
 """
 
 import importlib.metadata
@@ -14,10 +25,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-VERSIONED = ("torch", "numpy", "numba", "monai", "flwr", "medmnist")
+VERSIONED = ("torch", "numpy", "numba", "monai", "flwr", "medmnist", "lightly", "pfl", "vector-quantize-pytorch")
+FIGURES = ("median", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,36 @@ def _once(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -
     for _ in range(repeats):
         run()
     return (clock() - start) / repeats
+
+
+def figure(name: str, ratio: tuple[float, float, float], *, bar: float | None = None, better: str) -> dict[str, object]:
+    """An entry of "figures".
+
+    Args:
+        name: begins with the script's.
+        ratio: median, least and greatest of the rounds.
+        bar: the least (`higher`) or greatest (`lower`) median that is good enough.
+        better: higher | lower.
+
+    Raises:
+        ValueError: another word for `better`.
+    """
+    if better not in ("higher", "lower"):
+        raise ValueError(f"figure '{name}': got better='{better}', need higher or lower.")
+    return {"name": name, "ratio": dict(zip(FIGURES, ratio, strict=True)), "bar": bar, "better": better}
+
+
+def not_run(name: str, why: str) -> dict[str, object]:
+    """An entry of "figures" for a contest that did not take place."""
+    return {"name": name, "not_run": why}
+
+
+def met(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of "figures" keeps its bar; one without a bar, or that was not run, does."""
+    if "not_run" in entry or entry["bar"] is None:
+        return True
+    median_ratio: float = entry["ratio"]["median"]
+    return median_ratio >= entry["bar"] if entry["better"] == "higher" else median_ratio <= entry["bar"]
 
 
 def machine() -> dict[str, object]:

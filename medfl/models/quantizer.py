@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from medfl.errors import ConfigError
 
-CPU_CHUNK = 512  # tokens scored at once: their scores stay in the cache of the processor
+CPU_CHUNK = 256  # tokens scored at once: 2 MiB of scores for 2048 codes stay in the cache of the processor
 LARGEST_CHUNK = 8192  # on other devices: 64 MiB of scores for 2048 codes
 SAME = 1e-6  # 1 - cosine below which two unit vectors are one point: the rounding of float32
 SEEDED_FROM = 16  # points per code among which k-means looks for its first centres
@@ -115,7 +115,7 @@ class Quantizer(nn.Module):
         """The codes of unit tokens (B, N, D), in float32 or float64; changes no state."""
         wide, vectors = _widened(tokens), self.code_vectors()
         indices = _nearest(wide.detach(), vectors, self.counts > 0)
-        codes = vectors.to(wide.dtype)[indices]
+        codes = vectors.to(wide.dtype).index_select(0, indices.flatten()).view_as(wide)
         through = codes + (wide - wide.detach())  # its value is exactly that of the codes
         return Quantized(through, codes, indices, F.mse_loss(wide, codes))
 

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from harness import figure, machine, race, write
 from torch import Tensor
 
@@ -94,10 +94,13 @@ def contest(megabytes: str, count: int, rounds: int) -> dict[str, object]:
     name = f"{count} updates of {megabytes}"
     shown = [raced.ratio(peer, OURS) for peer in (FLOWER, LISTS, LOOP)]
     cells = "".join(f"{middle:>7.1f} ({low:.1f}..{high:.1f})".ljust(22) for middle, low, high in shown)
-    print(f"{name:<24}{raced.median(OURS) * 1e3:>8.0f}{cells}{share[0]:>7.2f} ({share[1]:.2f}..{share[2]:.2f})", flush=True)
-    figures = [figure(f"aggregation: {name}, times {peer}", raced.ratio(peer, OURS), bar=BARS.get(peer))
+    print(
+        f"{name:<24}{raced.median(OURS) * 1e3:>8.0f}{cells}{share[0]:>7.2f} ({share[1]:.2f}..{share[2]:.2f})",
+        flush=True,
+    )
+    figures = [figure(f"aggregation {name}, times {peer}", raced.ratio(peer, OURS), bar=BARS.get(peer), better="higher")
                for peer in (FLOWER, LISTS, LOOP)]  # fmt: skip
-    figures.append(figure(f"aggregation: {name}, share of the triad", share, bar=BARS[TRIAD]))
+    figures.append(figure(f"aggregation {name}, share of the triad", share, bar=BARS[TRIAD], better="higher"))
     return {"count": count, "size": size, "seconds": dict(raced.seconds), "figures": figures}
 
 

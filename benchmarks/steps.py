@@ -5,7 +5,7 @@ beside it, is the encoder alone: forward of the very views that the step trains 
 a method with a momentum network also that network's forward of the views that it sees. Views are timed apart and are
 part of the step.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/steps.py [--rounds 5] [--only NAME ...] [--json FILE] [KEY=VALUE ...]
+    PYTHONPATH=. python benchmarks/steps.py [--rounds 5] [--only NAME ...] [--shapes 2d 3d] [--json FILE] [KEY=VALUE ...]
 
 What stands after the options is added to the study's words.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import torch
-from harness import machine, race, write
+from harness import figure, machine, race, write
 from torch import Tensor
 
 from medfl import config
@@ -132,7 +132,12 @@ def main() -> None:
             )
             rows.append({"method": name, "shape": shape, "bar": BARS.get(name), **found})
     if given.json:
-        write(given.json, {"machine": machine(), "rows": rows})
+        figures = [
+            figure(f"steps {row['method']} {row['shape']} / encoder", tuple(row["step_over_encoder"].values()),  # type: ignore[arg-type,attr-defined]
+                   bar=row["bar"], better="lower")  # type: ignore[arg-type]
+            for row in rows
+        ]  # fmt: skip
+        write(given.json, {"machine": machine(), "figures": figures, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class Site:
         training = self.shop.study.training
         return Plan(
             self.shop.study.seed, self.data.name, order.round, phase.rounds, order.steps,
-            training.batch_size, training.warmup, training.schedule, phase.first - 1,
+            training.batch_size, training.warmup, training.schedule, phase.first - 1, training.parts,
         )  # fmt: skip
 
     @functools.cached_property

@@ -40,6 +40,8 @@ class Training(Section):
     channels_last: str  # auto (on CUDA only) | always | never
     device: str  # auto | cpu | cuda
     threads: int  # CPU threads per process; equal counts give equal bits
+    parts: int  # of a batch, computed one after another for one step
+    checkpointing: bool  # compute activations of an encoder again in the backward pass
     synthetic: float  # synthetic images per real one, from this site's own stage synthesize
     label_fraction: float  # of each site's patients of each class whose labels a method that needs them may read
     label_least: int  # patients of each class that keep theirs, however small the share
@@ -220,6 +222,7 @@ class Study:
             "training.steps": self.training.steps,
             "training.batch_size": self.training.batch_size,
             "training.threads": self.training.threads,
+            "training.parts": self.training.parts,
             "training.label_least": self.training.label_least,
             "finetune.rounds": self.finetune.rounds,
             "finetune.steps": self.finetune.steps,
@@ -234,5 +237,14 @@ class Study:
         if not 0 <= self.training.synthetic <= 10:
             raise ConfigError(f"training.synthetic: got {self.training.synthetic}, need a share from 0 to 10.")
         check_fractions("training.label_fraction", (self.training.label_fraction,))
+        self._check_private()
         if not 0 < self.rounds.quorum <= 1:
             raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")
+
+    def _check_private(self) -> None:
+        if self.training.parts > 1 and self.privacy.on:
+            raise ConfigError("training.parts: under privacy gradients are of single patients or groups. Set it to 1.")
+        if self.training.checkpointing and self.privacy.on:
+            raise ConfigError(
+                "training.checkpointing: gradients of single patients need all activations. Set it false."
+            )

@@ -67,6 +67,7 @@ class Plan:
     warmup: float
     schedule: str = "cosine"
     before: int = 0  # rounds of earlier phases
+    parts: int = 1  # of a batch, which are computed one after another and make one step
 
     def progress(self, step: int) -> float:
         """Position in the phase's schedule at this step, in [0, 1]; equal at sites with different step counts."""
@@ -147,18 +148,32 @@ def train_locally(
 
 
 def _of_batches(method: Method, task: Task, plan: Plan, where: Device) -> Gradients:
-    """The gradients of the plan's batches; a batch with nothing of what the phase trains leaves them empty."""
+    """The gradients of the plan's batches; a batch with nothing of what the phase trains leaves them empty.
+
+    Of a batch in parts it is their mean by images: each part has its own statistics and negatives.
+    """
     classes = task.labels if method.labelled and not method.findings else None
     drawn = indices(len(task.images), classes, plan)
 
     def gradients(step: int) -> dict[str, Tensor]:
-        key = seeding.key(plan.seed, "views", plan.site, plan.round, step)
-        losses = losses_of(method, task, next(drawn), key, plan.progress(step), where)
-        if losses["total"].requires_grad:
-            torch.autograd.backward(losses["total"])
-        return losses
+        key, chosen = seeding.key(plan.seed, "views", plan.site, plan.round, step), next(drawn)
+        sums: dict[str, Tensor] = {}
+        for place, part in enumerate(parts_of(chosen, plan.parts)):
+            own = key if plan.parts == 1 else seeding.key(key, place)
+            losses, share = losses_of(method, task, part, own, plan.progress(step), where), len(part) / len(chosen)
+            if losses["total"].requires_grad:
+                torch.autograd.backward(losses["total"] if plan.parts == 1 else losses["total"] * share)
+            for name, value in losses.items():
+                sums[name] = value.detach() if plan.parts == 1 else sums.get(name, 0) + value.detach() * share
+        return sums
 
     return gradients
+
+
+def parts_of(chosen: Tensor, count: int) -> list[Tensor]:
+    """A batch in at most `count` nearly equal parts of two images or more, which batch statistics need."""
+    count = max(1, min(count, len(chosen) // 2))
+    return [chosen] if count == 1 else list(torch.tensor_split(chosen, count))
 
 
 def losses_of(

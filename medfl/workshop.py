@@ -22,6 +22,7 @@ from medfl.layout import (
 )
 from medfl.malloc import keep_freed
 from medfl.methods.base import Method, Role
+from medfl.models.encoders import ResNet
 from medfl.site_weights import Blend
 from medfl.study import Study
 from medfl.training import Device, Views
@@ -69,6 +70,9 @@ def workshop(source: str) -> Workshop:
             "training.precision=bf16: torch's Conv3d gives wrong gradients in bfloat16 on a CPU. Take fp32 or auto."
         )
     method = new_method(study).to(where.device)
+    for module in method.modules():
+        if isinstance(module, ResNet):
+            module.checkpointing = study.training.checkpointing
     if study.privacy.on:
         method.isolate()
     if where.channels_last:

@@ -75,7 +75,7 @@ class DiSSECT(BYOL):
         _refuse_codes(scales, fusion, vq_proj, weights=(beta, commitment))
         self.continuous, self.fusion, self.beta, self.commitment = target != "discrete", fusion, beta, commitment
         self.scales = nn.ModuleDict()
-        self._seen: list[tuple[Quantizer, Tensor, Tensor]] = []  # tokens and indices of the last training forward
+        self._seen: list[tuple[Quantizer, Tensor, Tensor]] = []  # tokens and indices of a step's training forwards
         if target == "continuous" or serf == "none":
             return
         with torch.random.fork_rng(devices=[]):
@@ -118,10 +118,13 @@ class DiSSECT(BYOL):
         return {"total": total, **{name: value.detach() for name, value in told.items()}}
 
     def after_step(self, progress: float) -> None:
-        """Move the target network, then each codebook by the tokens of both views in the last training forward."""
+        """Move the target network, then each codebook by the tokens of both views in the step's training forwards."""
         super().after_step(progress)
-        for book, tokens, indices in self._seen:
-            book.update(tokens, indices)
+        for scale in self._each().values():
+            seen = [(tokens, indices) for book, tokens, indices in self._seen if book is scale.quantizer]
+            if seen:
+                tokens, indices = (torch.cat(parts) for parts in zip(*seen, strict=True))
+                scale.quantizer.update(tokens, indices)
         self._seen = []
 
     @torch.no_grad()
@@ -138,12 +141,10 @@ class DiSSECT(BYOL):
     def _quantized(self, maps: list[Tensor]) -> dict[str, Quantized]:
         """Codes by scale; in training, what `after_step` needs is kept."""
         found: dict[str, Quantized] = {}
-        seen = []
         for name, scale in self._each().items():
             tokens, found[name] = scale(maps[LAYERS[name]])
-            seen.append((scale.quantizer, tokens.detach(), found[name].indices))
-        if self.training and torch.is_grad_enabled():
-            self._seen = seen
+            if self.training and torch.is_grad_enabled() and not self.alone:
+                self._seen.append((scale.quantizer, tokens.detach(), found[name].indices))
         return found
 
     def _codes(self, found: dict[str, Quantized], maps: list[Tensor]) -> Tensor:

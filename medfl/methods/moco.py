@@ -73,7 +73,7 @@ class MoCo(Method):
         self.constant_attention = constant(head, encoder.map_sides[3])
         self.queue = Queue(capacity, width)
         self.temperature, self.momentum, self.split = positive("method.temperature", temperature), momentum, split
-        self._seen: tuple[Tensor, Tensor | None] | None = None  # keys and patients of the last training forward
+        self._seen: list[tuple[Tensor, Tensor | None]] = []  # keys and patients of the training forwards of a step
         roles = {"encoder": Role.PARAMETER, "head": Role.PARAMETER, "queue": Role.QUEUE}
         self.claims = {part: Claim(role) for part, role in (roles | dict.fromkeys(self.targets, Role.TARGET)).items()}
 
@@ -101,7 +101,7 @@ class MoCo(Method):
             own = torch.arange(len(keys), device=keys.device) if patients is None else patients
             return keys, keys, own[:, None] == own[None]
         if self.training and torch.is_grad_enabled():
-            self._seen = (keys, patients)
+            self._seen.append((keys, patients))
         return keys, self.queue.snapshot(), self.queue.hidden(patients)
 
     @torch.no_grad()
@@ -119,11 +119,11 @@ class MoCo(Method):
         self.queue.push(self.keys_of(view), patients)
 
     def after_step(self, progress: float) -> None:
-        """Enqueue the keys of the last training forward, then move the key network towards the query's."""
+        """Enqueue the keys of the step's training forwards, then move the key network towards the query's."""
         del progress
-        if self._seen is not None:
-            self.queue.push(*self._seen)
-            self._seen = None
+        for keys, patients in self._seen:
+            self.queue.push(keys, patients)
+        self._seen.clear()
         for target, online in self.targets.items():
             follow(self.get_submodule(target), self.get_submodule(online), momentum=self.momentum)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medfl.errors import ConfigError, one_of
-from medfl.models.layers import convolution, max_pool, normalization, pooled
+from medfl.models.layers import convolution, max_pool, normalization, pooled, recomputed
 
 STEMS = {"imagenet": (7, 2, True), "small": (7, 2, False), "none": (7, 1, False), "medmnist": (3, 1, False)}
 
@@ -100,6 +100,7 @@ class ResNet(nn.Module):
         one_of("encoder.stem", stem, ("auto", *STEMS))
         if len(blocks) != 4 or min(blocks) < 1:
             raise ConfigError(f"encoder.blocks: got {blocks}, need four counts of at least 1, e.g. [2, 2, 2, 2].")
+        self.checkpointing = False  # compute the maps inside a block again in the backward pass; no part of what it is
         self._architecture: dict[str, Any] = {
             "blocks": list(blocks),
             "bottleneck": bottleneck,
@@ -147,9 +148,11 @@ class ResNet(nn.Module):
         dims, channels = self._architecture["spatial_dims"], self._architecture["in_channels"]
         if images.dim() != dims + 2 or images.shape[1] != channels:
             raise ValueError(f"got images {tuple(images.shape)}, need (B, {channels}, {', '.join('DHW'[-dims:])}).")
-        found, current = [], self.stem(images)
+        again = self.checkpointing and torch.is_grad_enabled()
+        found, current = [], recomputed(self.stem, images) if again else self.stem(images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            current = stage(current)
+            for block in stage:
+                current = recomputed(block, current) if again else block(current)
             found.append(current)
         return found
 

@@ -1,7 +1,12 @@
 """Layers by number of spatial dimensions: one code for 1D features, 2D images and 3D volumes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from medfl.errors import one_of
 
@@ -51,3 +56,28 @@ def pooled(maps: Tensor) -> Tensor:
     """Global average, (B, C, *S) -> (B, C); half precision is summed and returned as float32."""
     axes = tuple(range(2, maps.dim()))
     return maps.mean(axes, dtype=torch.promote_types(maps.dtype, torch.float32))
+
+
+def recomputed(module: nn.Module, inputs: Tensor) -> Tensor:
+    """`module(inputs)`, whose activations are computed again in the backward pass instead of being kept."""
+    outputs: Tensor = checkpoint(
+        module, inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(module))
+    )
+    return outputs
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Running statistics of batch norms stay: the second pass over the same images is none."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    before = [(norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())
+              for norm in norms]  # fmt: skip
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)

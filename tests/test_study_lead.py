@@ -144,7 +144,7 @@ def test_flowers_names_are_where_the_control_looks_for_them(study: Path) -> None
 
 def test_progress_counts_the_rounds_of_a_resumed_arm_too() -> None:
     def event(second: int, **facts: object) -> dict[str, object]:
-        return {"t": f"2027-01-01T00:00:{second:02d}+00:00", "stage": "pretrain", "arm": "", "site": ""} | facts
+        return {"t": f"2027-01-01T00:00:{second:02d}+00:00", "stage": "pretrain", "site": ""} | facts  # no arm, no key
 
     def closed(second: int, number: int) -> dict[str, object]:
         return event(second, arm="federated", round=number, name="round/sites", value=3.0)

@@ -70,7 +70,7 @@ def _closes(event: Event) -> bool:
 
 def _loss(events: Sequence[Event], newest: Event) -> float | None:
     """The mean loss over the sites in the same round; under differential privacy nobody tells it."""
-    place = [(event["arm"], event["round"]) == (newest["arm"], newest["round"]) for event in events]
+    place = [(event.get("arm"), event["round"]) == (newest["arm"], newest["round"]) for event in events]
     found = [e["value"] for e, here in zip(events, place, strict=True) if here and e["name"] == LOSS and not e["site"]]
     return float(found[-1]) if found else None
 

@@ -32,6 +32,7 @@ ROUNDS = 3
 STUDY = ("stages=[pretrain]", "arms=[federated]")
 HANG = 420.0  # s after which a run counts as hanging
 ENROL, LAST = 0, ROUNDS + 1  # as rounds: who takes part, and the refresh pass under the final weights
+NEVER = -1  # keys and shares of a masked sum: their loss is another kind of fault
 Lost = frozenset[tuple[str, int]]  # site and round without whose reply the run went on
 
 
@@ -167,7 +168,7 @@ class Rig:
             def deliver(self, message: Message) -> Message:
                 reply, kind = super().deliver(message), message.metadata.message_type
                 number = Broadcast.from_record(message.content).order.round
-                place = {DESCRIBE: ENROL, TRAIN["pretrain"]: number, REFRESH: last}[kind]
+                place = {DESCRIBE: ENROL, TRAIN["pretrain"]: number, REFRESH: last}.get(kind, NEVER)
                 if not reply.has_error() and (reply.content.config_records["identity"]["site"], place) in lost:
                     return Message(Error(code=5, reason="lost"), reply_to=message)
                 return reply

@@ -53,15 +53,15 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return self.size * np.dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def group(self) -> str:
         return f"{self.role}/{self.owner or 'all'}/{self.dtype}"
 

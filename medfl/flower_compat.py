@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import httpx
 from flwr.app import Context, Message, RecordDict
+from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import ServerApp
@@ -31,6 +32,7 @@ __all__ = [
     "identify_message",
     "install_bundle",
     "limited",
+    "message_of",
     "new_run",
     "patient",
     "run_client_app",
@@ -58,10 +60,24 @@ def identify_message(message: Message, identifier: str) -> None:
     message.metadata.__dict__["_message_id"] = identifier
 
 
+def message_of(content: RecordDict, metadata: Metadata) -> Message:
+    """A message as another process had it."""
+    return Message(content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
 def run_on_ray(
-    server: ServerApp, client: ClientApp, run_config: dict[str, str | int], sites: int, threads: int
+    server: ServerApp,
+    client: ClientApp,
+    run_config: dict[str, str | int],
+    sites: int,
+    threads: int,
+    address: str | None = None,
 ) -> None:
-    """Flower's simulation engine with one actor per `threads` CPUs; errors of the ServerApp are raised here."""
+    """Flower's simulation engine with one actor per `threads` CPUs; errors of the ServerApp are raised here.
+
+    Args:
+        address: of a Ray cluster that runs already; its hosts have told Ray what they have.
+    """
     from flwr.common import EventType
     from flwr.simulation.run_simulation import _run_simulation
 
@@ -76,7 +92,7 @@ def run_on_ray(
                 "num_cpus": float(min(threads, cpus)),
                 "num_gpus": _gpu_share(cpus, threads),
             },
-            "init_args": {"num_cpus": cpus, "include_dashboard": False},
+            "init_args": {"address": address} if address else {"num_cpus": cpus, "include_dashboard": False},
         },
         server_app_context=Context(1, 0, {}, RecordDict(), dict(run_config)),
     )

@@ -50,7 +50,9 @@ class Rounds(Section):
     """The federation: how many rounds, over which carrier, and when a round counts."""
 
     count: int
-    carrier: str  # inprocess | ray
+    carrier: str  # inprocess | workers | ray
+    workers: int | str  # processes of carrier=workers; auto: as many as cores and free memory allow
+    ray_address: str | None  # of a Ray cluster that runs already; None: one is started on this machine
     quorum: float  # least share of the enrolled sites that must give a usable update
     deadline: float  # s, for one round
     norm: str  # pooled | local_statistics | local
@@ -204,7 +206,9 @@ class Study:
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
         one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
-        one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "ray"))
+        one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "workers", "ray"))
+        if self.rounds.workers != "auto" and not (isinstance(self.rounds.workers, int) and self.rounds.workers > 0):
+            raise ConfigError(f"rounds.workers: got {self.rounds.workers!r}, need auto or a number above 0.")
         one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
         one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
         one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))

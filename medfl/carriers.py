@@ -3,6 +3,7 @@
 The apps are the same, and so are their results, bit for bit, at equal `training.threads`.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from uuid import uuid4
@@ -11,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from medfl.errors import NetworkError
 from medfl.flower_compat import identify_message, run_on_ray
 from medfl.nodes import FIRST_NODE, Nodes, answer
 from medfl.workers.grid import WorkerGrid
@@ -79,9 +81,29 @@ def simulate(
     nodes = int(run_config["sites"])
     context = Context(1, 1, {}, RecordDict(), dict(run_config))
     if carrier == "ray":
+        if host.ray_address:
+            _check_ray(host.ray_address)
         run_on_ray(server, client, run_config, nodes, threads, host.ray_address)
     elif carrier == "workers":
         with WorkerGrid(client, nodes, threads=threads, workers=host.workers, cuda=host.cuda, told=host.told) as grid:
             server(grid, context)
     else:
         server(InProcessGrid(client, nodes), context)
+
+
+def _check_ray(address: str) -> None:
+    """
+    Raises:
+        NetworkError: no such cluster; Flower's engine would wait for it for ever.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise NetworkError(
+            f"rounds.ray_address={address}: {text} Run `ray start --head` on one host, and "
+            "`ray start --address=HOST:6379` on the others and on this one."
+        ) from None
+    ray.shutdown()

@@ -73,6 +73,11 @@ class Rounds(Section):
     inspect: str  # none | flag | exclude: sites whose updates stick out
     keep_checkpoints: int
 
+    def __post_init__(self) -> None:
+        one_of("rounds.carrier", self.carrier, ("inprocess", "workers", "ray"))
+        if self.workers != "auto" and not (isinstance(self.workers, int) and self.workers > 0):
+            raise ConfigError(f"rounds.workers: got {self.workers!r}, need auto or a number above 0.")
+
 
 @dataclass(frozen=True)
 class Evaluation(Section):
@@ -206,9 +211,6 @@ class Study:
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
         one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
-        one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "workers", "ray"))
-        if self.rounds.workers != "auto" and not (isinstance(self.rounds.workers, int) and self.rounds.workers > 0):
-            raise ConfigError(f"rounds.workers: got {self.rounds.workers!r}, need auto or a number above 0.")
         one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
         one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
         one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))
@@ -237,6 +239,11 @@ class Study:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")
         if not 0 <= self.training.synthetic <= 10:
             raise ConfigError(f"training.synthetic: got {self.training.synthetic}, need a share from 0 to 10.")
+        if self.rounds.ray_address and not self.state_dir.startswith("/"):
+            raise ConfigError(
+                f"rounds.ray_address: sites of several hosts keep their state in {self.state_dir!r}, which is another "
+                "place on each. Set run.dir to an absolute path on a disk that they share."
+            )
         check_fractions("training.label_fraction", (self.training.label_fraction,))
         if not 0 < self.rounds.quorum <= 1:
             raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")

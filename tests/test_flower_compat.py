@@ -1,12 +1,14 @@
 """The private names of Flower that medfl relies on: on a failure read flower_compat.py before upgrading flwr."""
 
+import gc
 import inspect
+import weakref
 from pathlib import Path
 
 import flwr
 import httpx
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.serverapp import Grid
@@ -44,6 +46,20 @@ def test_messages_can_be_built_and_named_outside_a_task() -> None:
     identify_message(message, "m-1")
     assert (message.metadata.message_id, message.metadata.run_id) == ("m-1", 5)
     assert new_run(5).run_id == 5
+
+
+def test_a_record_ends_with_its_last_reader() -> None:
+    record = RecordDict({"a": ArrayRecord({"x": Array("uint8", (4,), "raw", b"1234")})})
+    ends = weakref.ref(record)
+    with pytest.raises(TypeError, match="ArrayRecord"):  # its views still check what they are given
+        record.array_records["b"] = ConfigRecord()  # type: ignore[assignment]
+    gc.disable()
+    try:
+        assert (len(record.array_records), len(record.metric_records), len(record.config_records)) == (1, 0, 0)
+        del record
+        assert ends() is None
+    finally:
+        gc.enable()
 
 
 def test_a_crashing_app_gives_an_error_reply() -> None:

@@ -69,7 +69,7 @@ class Crew:
         self._wanted: Collection[str] = ()  # ids that the caller waits for in vain
         self._app, self._contexts, self._threads, self._cuda = app, contexts, threads, cuda
         self._workers: list[Worker] = []
-        self._decided, self._over = workers is not None, False
+        self._decided, self._over, self._roused = workers is not None, False, False
         self._selector = selectors.DefaultSelector()
         self._woken, self._wake = multiprocessing.Pipe(duplex=False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
@@ -100,7 +100,7 @@ class Crew:
         with self._changed:
             for one in waiting:
                 self._line.add(one)
-        self._wake.send_bytes(b"")
+            self._rouse()
 
     def take(self, names: Iterable[str]) -> list[Message]:
         """The replies to these messages that are there."""
@@ -125,13 +125,20 @@ class Crew:
         behind = len(self._replies) >= UNREAD * len(self._workers)
         self._wanted = () if found else names
         if found or behind:  # there is room for another reply, or the caller wants none of those that wait
-            self._wake.send_bytes(b"")
+            self._rouse()
         return found
+
+    def _rouse(self) -> None:
+        """Have the thread look for work; once is enough, and its pipe must never be full."""
+        if not self._roused:
+            self._roused = True
+            self._wake.send_bytes(b"")
 
     def close(self) -> None:
         """End all processes and give back all memory."""
         self._over = True
-        self._wake.send_bytes(b"")
+        with self._changed:
+            self._rouse()
         self._thread.join()
         for worker in self._workers:
             with suppress(OSError):
@@ -164,6 +171,7 @@ class Crew:
                     else:
                         self._listen(key.data)
                 with self._changed:
+                    self._roused = False
                     self._assign()
         except BaseException as error:  # for the caller, who would wait for ever
             with self._changed:

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from medfl.errors import NetworkError
 from medfl.faults import point
 from medfl.flower_compat import ConnectionLost, limited
+from medfl.nodes import Prompt
 
 POLL = 0.5  # s between two looks for replies
 SPARE = 2_000_000  # bytes of a reply beside its tensors: numbers, names, Flower's own headers
@@ -33,7 +34,8 @@ def replies(grid: Grid, asked: Sequence[Message], deadline: float, *, most: int)
         point("waiting")
         while waiting:
             came = False
-            for name, place in list(waiting.items()):
+            for name in _there(grid, waiting):
+                place = waiting[name]
                 for reply in _pulled(grid, name, asked[place], most):
                     if waiting.pop(name, None) is None:
                         break  # a second reply to the same message
@@ -42,10 +44,15 @@ def replies(grid: Grid, asked: Sequence[Message], deadline: float, *, most: int)
                     point("after_one_reply")
             if time.monotonic() > end:
                 return
-            if not came:
+            if not came and not isinstance(grid, Prompt):
                 time.sleep(POLL)
     except ConnectionLost as error:
         raise NetworkError(f"the SuperLink cannot be reached: {error}. Start it; the run goes on by itself.") from None
+
+
+def _there(grid: Grid, waiting: Iterable[str]) -> list[str]:
+    """The messages to pull replies to: all, or those that are there where the grid can tell, and wait for one."""
+    return grid.arrived(list(waiting), POLL) if isinstance(grid, Prompt) else list(waiting)
 
 
 def _pulled(grid: Grid, name: str, asked: Message, most: int) -> Iterable[Message]:

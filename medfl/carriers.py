@@ -1,56 +1,52 @@
-"""What carries the messages in a simulation: this process, or Flower's engine on Ray. The apps are the same."""
+"""What carries the messages in a simulation: this process, worker processes, or Flower's engine on Ray.
 
-from collections.abc import Iterable
+The apps are the same, and so are their results, bit for bit, at equal `training.threads`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
-from medfl.flower_compat import NodeInfo, identify_message, new_run, run_on_ray, take_identity
+from medfl.errors import NetworkError
+from medfl.flower_compat import identify_message, run_on_ray
+from medfl.nodes import FIRST_NODE, Nodes, answer
+from medfl.workers.grid import WorkerGrid
 
-FIRST_NODE = 1000
+__all__ = ["FIRST_NODE", "Host", "InProcessGrid", "simulate"]
 
 
-class InProcessGrid(Grid):
+@dataclass(frozen=True)
+class Host:
+    """What a carrier may use beside `training.threads`.
+
+    Args:
+        workers: processes of carrier=workers; None: as many as cores and memory allow.
+        cuda: whether sites compute on CUDA devices.
+        ray_address: of a Ray cluster that runs already; None: one is started on this machine.
+        told: is told, in the server's thread, how many workers there are, and why.
+    """
+
+    workers: int | None = None
+    cuda: bool = False
+    ray_address: str | None = None
+    told: Callable[[int, str], None] | None = None
+
+
+class InProcessGrid(Nodes):
     """A Grid whose sites are called one after another in this process, in the order of the messages.
 
     A site runs when its reply is pulled, so a server that folds replies one by one holds one at a time.
     """
 
     def __init__(self, client: ClientApp, sites: int, run_id: int = 1) -> None:
-        take_identity(run_id)
-        self._client, self._run = client, new_run(run_id)
+        super().__init__(sites, run_id)
+        self._client = client
         self._waiting: dict[str, Message] = {}
-        self.contexts = {
-            FIRST_NODE + index: Context(
-                run_id, FIRST_NODE + index, {"partition-id": index, "num-partitions": sites}, RecordDict(), {}
-            )
-            for index in range(sites)
-        }
-
-    def set_run(self, run: object) -> None:
-        """A simulation has one run; nothing changes."""
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node) for node in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []
@@ -69,20 +65,45 @@ class InProcessGrid(Grid):
 
     def deliver(self, message: Message) -> Message:
         """Have a site answer a message."""
-        try:
-            reply = self._client(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as a SuperNode does: a crash of the app is an error reply, not the end of the run
-            reply = Message(Error(code=2, reason=type(error).__name__), reply_to=message)
-        identify_message(reply, uuid4().hex)
-        return reply
+        return answer(self._client, message, self.contexts[message.metadata.dst_node_id])
 
 
 def simulate(
-    server: ServerApp, client: ClientApp, run_config: dict[str, str | int], *, carrier: str, threads: int
+    server: ServerApp,
+    client: ClientApp,
+    run_config: dict[str, str | int],
+    *,
+    carrier: str,
+    threads: int,
+    host: Host = Host(),
 ) -> None:
     """Run the two apps over `carrier` with `run_config["sites"]` nodes; the ServerApp's errors are raised here."""
     nodes = int(run_config["sites"])
+    context = Context(1, 1, {}, RecordDict(), dict(run_config))
     if carrier == "ray":
-        run_on_ray(server, client, run_config, nodes, threads)
-        return
-    server(InProcessGrid(client, nodes), Context(1, 1, {}, RecordDict(), dict(run_config)))
+        if host.ray_address:
+            _check_ray(host.ray_address)
+        run_on_ray(server, client, run_config, nodes, threads, host.ray_address)
+    elif carrier == "workers":
+        with WorkerGrid(client, nodes, threads=threads, workers=host.workers, cuda=host.cuda, told=host.told) as grid:
+            server(grid, context)
+    else:
+        server(InProcessGrid(client, nodes), context)
+
+
+def _check_ray(address: str) -> None:
+    """
+    Raises:
+        NetworkError: no such cluster; Flower's engine would wait for it for ever.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise NetworkError(
+            f"rounds.ray_address={address}: {text} Run `ray start --head` on one host, and "
+            "`ray start --address=HOST:6379` on the others and on this one."
+        ) from None
+    ray.shutdown()

@@ -5,6 +5,7 @@ import logging
 import os
 import ssl
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import httpx
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import recorddict
+from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import ServerApp
@@ -31,6 +34,7 @@ __all__ = [
     "identify_message",
     "install_bundle",
     "limited",
+    "message_of",
     "new_run",
     "patient",
     "run_client_app",
@@ -43,6 +47,25 @@ __all__ = [
 ConnectionLost = httpx.HTTPError  # the SuperLink cannot be reached, after Flower's own attempts
 OURS = ("client", "configs", "medfl", "server")  # packages of an app bundle
 log = logging.getLogger("medfl.site")
+
+
+def _end_cycles() -> None:
+    """Have a record end with its last reader.
+
+    What `record.array_records` and its like give holds itself and the record, so without this all tensors of all
+    messages stay until Python's next whole garbage collection, which comes late: it counts objects, not bytes.
+    """
+    views: Any = recorddict._SyncedDict
+    check = views.check_value
+
+    def weakly(view: Any) -> Callable[[Any], None]:
+        own = weakref.ref(view)
+        return lambda value: check(own(), value)
+
+    views.check_value = property(weakly)
+
+
+_end_cycles()
 
 
 def take_identity(run_id: int) -> None:
@@ -58,10 +81,24 @@ def identify_message(message: Message, identifier: str) -> None:
     message.metadata.__dict__["_message_id"] = identifier
 
 
+def message_of(content: RecordDict, metadata: Metadata) -> Message:
+    """A message as another process had it."""
+    return Message(content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
 def run_on_ray(
-    server: ServerApp, client: ClientApp, run_config: dict[str, str | int], sites: int, threads: int
+    server: ServerApp,
+    client: ClientApp,
+    run_config: dict[str, str | int],
+    sites: int,
+    threads: int,
+    address: str | None = None,
 ) -> None:
-    """Flower's simulation engine with one actor per `threads` CPUs; errors of the ServerApp are raised here."""
+    """Flower's simulation engine with one actor per `threads` CPUs; errors of the ServerApp are raised here.
+
+    Args:
+        address: of a Ray cluster that runs already; its hosts have told Ray what they have.
+    """
     from flwr.common import EventType
     from flwr.simulation.run_simulation import _run_simulation
 
@@ -76,7 +113,7 @@ def run_on_ray(
                 "num_cpus": float(min(threads, cpus)),
                 "num_gpus": _gpu_share(cpus, threads),
             },
-            "init_args": {"num_cpus": cpus, "include_dashboard": False},
+            "init_args": {"address": address} if address else {"num_cpus": cpus, "include_dashboard": False},
         },
         server_app_context=Context(1, 0, {}, RecordDict(), dict(run_config)),
     )
@@ -88,10 +125,12 @@ def limited(most: int) -> Iterator[None]:
 
     The size of a reply is nowhere said before its parts come, and a part is bounded by the proxy's limit of a request.
     """
+    grid: Any = sys.modules.get("flwr.superlink.grid.http_grid")
+    if grid is None:  # a simulation, which has no SuperLink; the import takes a second
+        yield
+        return
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
-    from flwr.superlink.grid import http_grid
 
-    grid: Any = http_grid
     plain = grid.make_pull_object_fn_protobuf
 
     def counting(*given: Any, **named: Any) -> Callable[[str], bytes]:

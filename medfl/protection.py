@@ -27,8 +27,9 @@ def _typed(value: Any, kind: Any, at: str) -> Any:
     """`value` as `kind` (int passes for float); ConfigError otherwise."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if get_origin(kind) is UnionType:  # X | None
-        return None if value is None else _typed(value, get_args(kind)[0], at)
+    if get_origin(kind) is UnionType:  # X | None, or X | str
+        kinds = get_args(kind)
+        return value if type(value) in kinds else _typed(value, kinds[0], at)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{at}: got {value!r}, need a list such as [a, b].")

@@ -252,11 +252,12 @@ def _whole(file: BinaryIO) -> int:
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Row], *, header: bool) -> str:
+    """Each row has all of the columns and nothing else; csv.DictWriter takes twice the time."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")
     if header:
-        writer.writeheader()
-    writer.writerows(rows)
+        writer.writerow(columns)
+    writer.writerows([row[name] for name in columns] for row in rows)
     return text.getvalue()
 
 

@@ -52,7 +52,9 @@ class Rounds(Section):
     """The federation: how many rounds, over which carrier, and when a round counts."""
 
     count: int
-    carrier: str  # inprocess | ray
+    carrier: str  # inprocess | workers | ray
+    workers: int | str  # processes of carrier=workers; auto: as many as cores and free memory allow
+    ray_address: str | None  # of a Ray cluster that runs already; None: one is started on this machine
     quorum: float  # least share of the enrolled sites that must give a usable update
     deadline: float  # s, for one round
     norm: str  # pooled | local_statistics | local
@@ -72,6 +74,11 @@ class Rounds(Section):
     max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
     inspect: str  # none | flag | exclude: sites whose updates stick out
     keep_checkpoints: int
+
+    def __post_init__(self) -> None:
+        one_of("rounds.carrier", self.carrier, ("inprocess", "workers", "ray"))
+        if self.workers != "auto" and not (isinstance(self.workers, int) and self.workers > 0):
+            raise ConfigError(f"rounds.workers: got {self.workers!r}, need auto or a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,6 @@ class Study:
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
         one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
-        one_of("rounds.carrier", self.rounds.carrier, ("inprocess", "ray"))
         one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
         one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
         one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))
@@ -236,6 +242,11 @@ class Study:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")
         if not 0 <= self.training.synthetic <= 10:
             raise ConfigError(f"training.synthetic: got {self.training.synthetic}, need a share from 0 to 10.")
+        if self.rounds.ray_address and not self.state_dir.startswith("/"):
+            raise ConfigError(
+                f"rounds.ray_address: sites of several hosts keep their state in {self.state_dir!r}, which is another "
+                "place on each. Set run.dir to an absolute path on a disk that they share."
+            )
         check_fractions("training.label_fraction", (self.training.label_fraction,))
         self._check_private()
         if not 0 < self.rounds.quorum <= 1:

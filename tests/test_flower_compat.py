@@ -1,12 +1,14 @@
 """The private names of Flower that medfl relies on: on a failure read flower_compat.py before upgrading flwr."""
 
+import gc
 import inspect
+import weakref
 from pathlib import Path
 
 import flwr
 import httpx
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.serverapp import Grid
@@ -17,6 +19,7 @@ from flwr.supernode.runtime import run_clientapp
 
 from medfl.carriers import InProcessGrid
 from medfl.flower_compat import identify_message, install_bundle, new_run, patient, take_identity, task_commands
+from medfl.workers.grid import WorkerGrid
 
 
 def test_the_simulation_entry_point_keeps_its_parameters() -> None:
@@ -32,7 +35,8 @@ def test_the_simulation_entry_point_keeps_its_parameters() -> None:
 
 
 def test_the_grid_has_no_abstract_method_that_is_not_ours() -> None:
-    assert Grid.__abstractmethods__ <= vars(InProcessGrid).keys()
+    assert Grid.__abstractmethods__
+    assert not InProcessGrid.__abstractmethods__ | WorkerGrid.__abstractmethods__
     assert InProcessGrid(ClientApp(), 2).get_node_ids() == [1000, 1001]
 
 
@@ -42,6 +46,20 @@ def test_messages_can_be_built_and_named_outside_a_task() -> None:
     identify_message(message, "m-1")
     assert (message.metadata.message_id, message.metadata.run_id) == ("m-1", 5)
     assert new_run(5).run_id == 5
+
+
+def test_a_record_ends_with_its_last_reader() -> None:
+    record = RecordDict({"a": ArrayRecord({"x": Array("uint8", (4,), "raw", b"1234")})})
+    ends = weakref.ref(record)
+    with pytest.raises(TypeError, match="ArrayRecord"):  # its views still check what they are given
+        record.array_records["b"] = ConfigRecord()  # type: ignore[assignment]
+    gc.disable()
+    try:
+        assert (len(record.array_records), len(record.metric_records), len(record.config_records)) == (1, 0, 0)
+        del record
+        assert ends() is None
+    finally:
+        gc.enable()
 
 
 def test_a_crashing_app_gives_an_error_reply() -> None:

@@ -13,6 +13,7 @@ from medfl.check.finding import Finding
 from medfl.check.scope import Scope
 from medfl.errors import ResourceError
 from medfl.files import existing
+from medfl.machine import cores, memory
 from medfl.training import Device
 
 GB = 1e9
@@ -41,25 +42,6 @@ def _versions(scope: Scope) -> Finding:
         why = f"The study was made with medfl {invited.medfl}; another release may be refused by the coordinator."
         return Finding("host", "versions", "warn", have, why, f"Install medfl {invited.medfl}.", counts)
     return Finding("host", "versions", "pass", have, counts=counts)
-
-
-def memory() -> float:
-    """Bytes that this process may use: the machine's free memory, or what is left of its container's limit."""
-    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = float(line.split()[1]) * 1024
-    limit, used = (_lines(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current"))
-    if limit and used and limit[0].isdigit():
-        free = min(free, float(limit[0]) - float(used[0]))
-    return free
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _memory(need: float) -> Finding:
@@ -117,11 +99,11 @@ def _rights(scope: Scope) -> Finding:
 
 
 def _cores(scope: Scope) -> Finding:
-    cores, threads = len(os.sched_getaffinity(0)), scope.study.training.threads
-    counts, what = {"cores": cores, "threads": threads}, f"{cores} processor cores, {threads} threads asked for"
-    if threads <= cores:
+    have, threads = cores(), scope.study.training.threads
+    counts, what = {"cores": have, "threads": threads}, f"{have} processor cores, {threads} threads asked for"
+    if threads <= have:
         return Finding("host", "processor", "pass", what, counts=counts)
-    fix = f"threads: {cores} in site.yaml."
+    fix = f"threads: {have} in site.yaml."
     return Finding("host", "processor", "warn", what, "More threads than cores are slower.", fix, counts)
 
 

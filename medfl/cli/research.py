@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
@@ -18,8 +19,11 @@ from medfl.cli.main import asks_help, run_argument
 from medfl.cli.progress import Progress, sites_table, summary
 from medfl.errors import ConfigError, one_of
 from medfl.files import write_bytes
-from medfl.run_folder import RunFolder
+from medfl.run_folder import Event, RunFolder
 from medfl.study import Study
+
+if TYPE_CHECKING:
+    from medfl.carriers import Host
 
 HYDRA_FLAGS = ("--multirun", "-m", "--info", "-i")
 
@@ -120,12 +124,28 @@ def _run(study: Study, stages: Sequence[str], resume: bool, *, command: str) -> 
         RunFolder.watched(progress.show),
         progress_in(console),
     ):
-        carry(server, client, asked, carrier=study.rounds.carrier, threads=plan.threads)
+        host = _host(study, folder, console)
+        carry(server, client, asked, carrier=study.rounds.carrier, threads=plan.threads, host=host)
     if "synthesize" in stages:
         made = sorted((Path(study.state_dir) / "synthetic").glob("*/curation.json"))
         console.print(table([read_record(path.parent) for path in made]))
         console.print("  ".join(f"{path.parent}/contact_sheet.png" for path in made), soft_wrap=True)
     console.print(summary(folder))
+
+
+def _host(study: Study, folder: RunFolder, console: Console) -> "Host":
+    """What the carrier may use of this machine; how many workers it takes is shown and written down."""
+    from medfl.carriers import Host
+    from medfl.training import Device
+
+    def told(count: int, why: str) -> None:
+        console.print(f"{count} worker{'s' if count > 1 else ''}: {why}")
+        folder.write([Event("enrol", "", 0, "", "carrier/workers", float(count), why)])
+
+    plan, workers = study.training, study.rounds.workers
+    where = Device.choose(plan.device, plan.precision, plan.channels_last)
+    count = workers if isinstance(workers, int) else None
+    return Host(count, where.device.type == "cuda", study.rounds.ray_address, told)
 
 
 def _provenance(command: str) -> str:

@@ -15,6 +15,8 @@ PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
 TUNED = ("finetune", "head", "federated_finetune", "federated_head", "central_finetune")
 AT_ONE_SITE = ("finetune", "head")  # of TUNED: a network of one site, for everybody's steps
 ARMS = ("random", "local", "federated", "central")
+WIRES = ("fp32", "bf16", "fp16", "int8", "topk")
+MOST_SHARE = 0.5  # of values in wire=topk: each takes its place along, so more would be no smaller than all
 
 
 def check_fractions(at: str, fractions: tuple[float, ...]) -> None:
@@ -69,6 +71,8 @@ class Rounds(Section):
     max_update: float  # largest L2 norm of an update, in units of the broadcast's
     max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
     inspect: str  # none | flag | exclude: sites whose updates stick out
+    wire: str  # fp32 | bf16 | fp16 | int8 | topk: the form of weights in training requests
+    wire_share: float  # of the values that wire=topk sends
     keep_checkpoints: int
 
 
@@ -212,6 +216,11 @@ class Study:
         one_of("rounds.blend", self.rounds.blend, ("none", "paper", "code"))
         one_of("rounds.gram", self.rounds.gram, ("auto", "always", "never"))
         one_of("rounds.inspect", self.rounds.inspect, ("none", "flag", "exclude"))
+        one_of("rounds.wire", self.rounds.wire, WIRES)
+        if not 0 < self.rounds.wire_share <= MOST_SHARE:
+            raise ConfigError(
+                f"rounds.wire_share: got {self.rounds.wire_share}, need a share above 0, up to {MOST_SHARE}."
+            )
         one_of("rounds.on_collapse", self.rounds.on_collapse, ("stop", "warn"))
         for name, share in {"codebook_keep": self.rounds.codebook_keep, "blend_tau": self.rounds.blend_tau}.items():
             if not 0 <= share < 1:

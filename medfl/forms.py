@@ -24,7 +24,7 @@ DOWN = {"topk": "bf16"}  # a few of the weights are no network
 FEEDBACK = (
     "int8",
     "topk",
-)  # what these leave out is sent later; a half errs by 2^-8 of each change at most, and unbiased
+)  # what these leave out is sent later; halves err by a small part of each single change
 SCALES, INDICES, VALUES = ":scales", ":indices", ":values"
 
 Row = tuple[str, Claim, tuple[int, ...], str]

@@ -4,13 +4,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file
 
 from client.app import app as client
-from medfl import stages
+from medfl import codecs, forms, stages
 from medfl.carriers import InProcessGrid
 from medfl.deployment.review import review
 from medfl.enrolment import Federation
@@ -84,6 +85,21 @@ def test_volumes_too_and_fewer_bytes(wire: str, tmp_path: Path) -> None:
     most = {"bf16": 0.55, "fp16": 0.55, "int8": 0.35, "topk": 0.35}[wire]  # sums stay as they are
     assert coded["pretrain", "up"] < most * plain["pretrain", "up"]
     assert coded["refresh", "down"] == plain["refresh", "down"]
+
+
+def test_the_way_of_changes_is_the_way_of_weights_where_nothing_is_rounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a codec without loss, what is left is float32's rounding of broadcast + change."""
+    monkeypatch.setitem(forms.HALF, "bf16", "float32")
+    monkeypatch.setattr(codecs, "to_half", lambda values, dtype, out: np.copyto(out, values))
+    monkeypatch.setattr(codecs, "of_half", lambda halves, dtype, out: np.copyto(out, halves))
+    found = {}
+    for wire in ("fp32", "bf16"):
+        study = small_study(tmp_path / wire, "training=sgd", f"rounds.wire={wire}", "arms=[federated]")
+        found[wire] = load_file(run(study).path / "model.safetensors")
+    for name, tensor in found["fp32"].items():
+        assert float((tensor - found["bf16"][name]).norm()) <= 1e-5 * float(tensor.norm()) + 1e-8, name
 
 
 def test_one_site_in_bf16_is_close_to_fp32(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ beside it, is the encoder alone: forward of the very views that the step trains 
 a method with a momentum network also that network's forward of the views that it sees. Views are timed apart and are
 part of the step.
 
-    PYTHONPATH=. python benchmarks/steps.py [--rounds 5] [--only NAME ...] [--shapes 2d 3d] [--json FILE] [KEY=VALUE ...]
+    PYTHONPATH=. python benchmarks/steps.py [--rounds 5] [--only NAME ...] [--shapes 2d 3d] [--json FILE] [WORD ...]
 
 What stands after the options is added to the study's words.
 """

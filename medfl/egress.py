@@ -5,7 +5,8 @@ from typing import Final
 
 from medfl import allowed
 from medfl.errors import DivergedError, PolicyError
-from medfl.layout import Layout, finite
+from medfl.forms import sound
+from medfl.layout import Layout, carrier
 from medfl.messages import Answer
 from medfl.methods.base import Role
 
@@ -27,10 +28,10 @@ def check(answer: Answer, layout: Layout) -> None:
     if odd := sorted(answer.flat.keys() ^ layout.sizes.keys()):
         raise PolicyError(f"the answer's tensors and its layout differ in {odd[0]!r}. Nothing was sent.")
     for group, size in layout.sizes.items():
-        array = answer.flat[group]
-        if array.shape != (size,) or str(array.dtype) != group.rpartition("/")[2]:
+        array, dtype = answer.flat[group], group.rpartition("/")[2]
+        if array.shape != (size,) or array.dtype != carrier(dtype):
             raise PolicyError(f"the answer's {group!r} is {array.dtype} {array.shape}, need {size}. Nothing was sent.")
-        if not finite(array):
+        if not sound(array, dtype):
             raise DivergedError(f"{group!r} has NaN or infinity. Lower training.optimizer.lr. Nothing was sent.")
     try:
         allowed.checked_metrics(answer.metrics.items())

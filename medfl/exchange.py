@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 
 from medfl.asking import replies
 from medfl.enrolment import Enrolled, Federation, common
 from medfl.evaluation.counts import LEAST
+from medfl.forms import Form, forms_of
 from medfl.gate import Expected, ReplyRefused, Update, admit, length_of
 from medfl.layout import Flat, Layout
 from medfl.messages import Broadcast, Order
 from medfl.run_folder import Event
+from medfl.study import Rounds
 from medfl.turns import Take, Turns
 
 
@@ -29,6 +31,8 @@ class Request:
     trains: bool  # the reply changes the weights: it is weighed and its norm limited
     norms: Sequence[float] = ()
     deadline: float = 0.0  # s; 0: rounds.deadline
+    form: Form | None = None  # of the answers, where weights travel compressed
+    weights: Flat = field(default_factory=dict)  # what was compressed into `flat`
 
     @property
     def stage(self) -> str:
@@ -50,6 +54,7 @@ def collect(
         NetworkError (or the sites' common error): fewer usable replies than rounds.quorum asks for.
     """
     limits, folder = federation.study.rounds, federation.folder
+    request = _coded(request, limits)
     deadline = request.deadline or limits.deadline
     content = Broadcast(request.order, request.flat).to_record()
     digest = federation.sealed(content, deadline)
@@ -66,7 +71,7 @@ def collect(
     for asked_site in sites:
         folder.wire(_rows(request, asked_site.name, "down", request.sends, {}))
     turns = Turns([site.name for site in sites], take, folder.path)
-    length = length_of(request.flat) if request.trains else None
+    length = length_of(request.weights or request.flat) if request.trains else None
     heads: dict[str, str] = {}
     refused: list[tuple[Message, str, str]] = []
     for place, reply in replies(
@@ -110,21 +115,39 @@ def collect(
     return turns.done
 
 
+def _coded(request: Request, rounds: Rounds) -> Request:
+    """The same request in the study's form: what trains compresses weights both ways, all else stays as it is."""
+    if not request.trains or rounds.wire == "fp32":
+        return request
+    down, up = forms_of(rounds, request.sends, request.answers)
+    return replace(
+        request,
+        order=replace(request.order, layout=down.digest),
+        sends=down.coded,
+        flat=down.encode(request.flat),
+        answers=up.coded,
+        digest=up.digest,
+        form=up,
+        weights=request.flat,
+    )
+
+
 def _expected(federation: Federation, request: Request, site: Enrolled, length: float | None) -> Expected:
-    limits = federation.study.rounds
+    limits, owners = federation.study.rounds, tuple(site.holdings)
     return Expected(
         site=site.name,
         nonce=request.order.nonce,
-        layout=request.answers.owned(tuple(site.holdings)),
+        layout=request.answers.owned(owners),
         digest=request.digest,
         volumes=site.volumes if request.trains else 0,
         steps=request.order.steps,
-        before=request.flat if request.trains else {},
+        before=(request.weights or request.flat) if request.trains else {},
         length=length,
         max_update=limits.max_update,
         max_growth=limits.max_growth,
         accepted=request.norms,
         least=federation.study.evaluation.counts or LEAST,
+        form=request.form and request.form.owned(owners),
     )
 
 

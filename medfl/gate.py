@@ -15,7 +15,8 @@ from flwr.app import Array, Message, RecordDict
 from medfl import allowed
 from medfl.errors import MedflError
 from medfl.evaluation import counts
-from medfl.layout import DTYPES, WHOLE, Flat, Layout, finite
+from medfl.forms import Form
+from medfl.layout import CODED, DTYPES, WHOLE, Flat, Layout, carrier, finite
 from medfl.messages import RAW, SITE_ERROR, from_array
 from medfl.methods.base import Role
 
@@ -53,6 +54,7 @@ class Expected:
     max_growth: float = math.inf
     accepted: Sequence[float] = ()  # norms of the updates accepted so far
     least: int = counts.LEAST  # patients behind each count
+    form: Form | None = None  # in which the update comes, of these owner groups; None: as new weights
 
 
 @dataclass(frozen=True)
@@ -145,19 +147,36 @@ def _tensors(content: RecordDict, expected: Expected) -> Flat:
     for group, size in sizes.items():
         _check_header(group, arrays[group], size, expected)
         flat[group] = from_array(arrays[group])
-        if not finite(flat[group]):
+    layout = expected.layout
+    if expected.form is not None:
+        flat, layout = _decoded(flat, expected.form, expected), expected.form.plain
+    for group, array in flat.items():
+        if not finite(array):
             raise _refuse(
-                expected,
-                f"{_first_bad(group, flat[group], expected.layout)} has NaN or infinity. Lower training.optimizer.lr.",
+                expected, f"{_first_bad(group, array, layout)} has NaN or infinity. Lower training.optimizer.lr."
             )
+    return flat
+
+
+def _decoded(coded: Flat, form: Form, expected: Expected) -> Flat:
+    """New weights from a coded change: beside the server's own weights, whose rounding would swallow small changes."""
+    try:
+        flat = form.decode(coded)
+    except ValueError as error:
+        raise _refuse(expected, str(error)) from None
+    with np.errstate(over="ignore", invalid="ignore"):  # found by name in the next step
+        for group in form.groups:
+            np.add(flat[group], expected.before[group], out=flat[group])
     return flat
 
 
 def _check_header(group: str, array: Array, size: int, expected: Expected) -> None:
     dtype = group.rpartition("/")[2]
     got = (array.stype, array.dtype, tuple(array.shape), len(array.data))
-    need = (RAW, dtype, (size,), size * np.dtype(dtype).itemsize)
-    if dtype not in (*DTYPES, *WHOLE) or got != need:
+    if dtype not in (*DTYPES, *WHOLE, *CODED):
+        raise _refuse(expected, f"array {group!r} is of a dtype that is never asked for.")
+    need = (RAW, str(carrier(dtype)), (size,), size * carrier(dtype).itemsize)
+    if got != need:
         raise _refuse(expected, f"array {group!r} has (form, dtype, shape, bytes) = {str(got)[:120]}, need {need}.")
 
 

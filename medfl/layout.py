@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,11 +24,17 @@ from medfl.study import Rounds
 Tensors = dict[str, Tensor]
 Flat = dict[str, np.ndarray]  # group -> (n,) array
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+CODED = ("bfloat16", "float16", "int8")  # of compressed weights (`medfl.forms`)
 WHOLE = ("uint8", "uint32", "uint64")  # of secure aggregation: keys, shares, masked numbers
 MOMENTS = ("count", "sum", "square")
 WIDEST_GRAM = 512  # features; wider ones would send megabytes of sums
 # Received arrays are views of the message's bytes: read, copied from, never written.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+def carrier(dtype: str) -> np.dtype:
+    """What an array of this dtype is made of: numpy and Flower have no bfloat16, whose bits travel as uint16."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def finite(array: np.ndarray) -> bool:
@@ -59,7 +65,7 @@ class Slot:
 
     @cached_property
     def bytes(self) -> int:
-        return self.size * np.dtype(self.dtype).itemsize
+        return self.size * carrier(self.dtype).itemsize
 
     @cached_property
     def group(self) -> str:
@@ -79,13 +85,20 @@ class Layout:
         Raises:
             ValueError: a dtype that cannot be aggregated, such as an integer counter.
         """
-        ends: dict[str, int] = {}
-        slots = []
-        for name, claim, shape, dtype in sorted(named, key=lambda row: row[0]):
+        rows = sorted(named, key=lambda row: row[0])
+        for name, _, _, dtype in rows:
             if dtype not in DTYPES:
                 raise ValueError(f"'{name}' is {dtype}, need one of {', '.join(DTYPES)}. Claim it as local.")
+        return cls.placed(rows)
+
+    @classmethod
+    def placed(cls, rows: Iterable[tuple[str, Claim, tuple[int, ...], str]]) -> "Layout":
+        """The same in the given order, and of any dtype."""
+        ends: dict[str, int] = {}
+        slots = []
+        for name, claim, shape, dtype in rows:
             slot = Slot(name, claim.role, claim.owner, dtype, shape, 0)
-            slot = Slot(name, claim.role, claim.owner, dtype, shape, ends.get(slot.group, 0))
+            slot = replace(slot, offset=ends.get(slot.group, 0))
             ends[slot.group] = slot.offset + slot.size
             slots.append(slot)
         return cls(tuple(slots))
@@ -117,7 +130,7 @@ class Layout:
 
     def empty(self) -> Flat:
         """One flat array per group, not yet filled."""
-        return {group: np.empty(size, group.rpartition("/")[2]) for group, size in self.sizes.items()}
+        return {group: np.empty(size, carrier(group.rpartition("/")[2])) for group, size in self.sizes.items()}
 
     def pack(self, tensors: Mapping[str, Tensor], into: Flat | None = None) -> Flat:
         """Copy the tensors into one flat array per group: new ones, or `into`, which saves a third of the time.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medfl import config, seeding, site_books, site_queues, site_synthesis, site_task
+from medfl import config, seeding, site_books, site_queues, site_synthesis, site_task, site_wire
 from medfl.checkpoint import load_optimizer, optimizer_tensors
 from medfl.data.sample import SiteData
 from medfl.data.sites import pool
@@ -54,6 +54,7 @@ class Site:
         self.patients = site_queues.patient_codes(data.train.patients)
         self.holdings = shop.method.holdings(data.train.images, data.train.masks)
         self.answers, self.sums = (layout.owned(tuple(self.holdings)) for layout in (shop.answers, shop.sums))
+        self.up = shop.up.owned(tuple(self.holdings))
         self.guard = Guard(shop.study, data.name, shop.method, self.patients) if shop.study.privacy.on else None
 
     def leaves(self, kind: str) -> Layout:
@@ -62,7 +63,7 @@ class Site:
             return tallies_layout(self.shop.study.evaluation, self.data.exclusive)
         if kind == "codebook":
             return seed_layout(self.shop.method)
-        return {"pretrain": self.answers, "finetune": self.answers, "refresh": self.sums}.get(kind, Layout(()))
+        return {"pretrain": self.up.coded, "finetune": self.up.coded, "refresh": self.sums}.get(kind, Layout(()))
 
     def describe(self, order: Order) -> Answer:
         """How many volumes it has, and whether it takes part in training."""
@@ -75,7 +76,7 @@ class Site:
         method, rounds, state = shop.method, shop.study.rounds, self._state(order)
         phase = self._phase(order)
         method.enter(phase.name)
-        kept = self._kept(order, order.round)
+        kept, broadcast = self._kept(order, order.round), site_wire.opened(broadcast, shop.down, self.data.name)
         self._load(broadcast, kept)
         self._start_own_books()
         spent = self._book(order, trains=True)
@@ -84,11 +85,14 @@ class Site:
         self._begin_queues(order)
         prior, start = site_books.take_prior(method, 2 * self._batch_size()), shop.blend.start(method)
         losses, moments = self._learn(order, kept, phase)
-        state.save(order.round, self._staying() | blending | shop.blend.keep(method, start) | moments)
         if shop.policy.codebook in ("split_prior", "mean"):
             sums |= site_books.trained(
                 method, prior, codes, mode=shop.policy.codebook, steps=order.steps, least=rounds.codebook_images
             )
+        packed = self.answers.pack({**method.state_dict(), **sums}, into=shop.packed)
+        local, earlier = {g: packed[g] for g in self.answers.sizes}, kept if order.round > phase.first else {}
+        flat, unsent = site_wire.closed(self.up, local, broadcast.flat, earlier)
+        state.save(order.round, self._staying() | blending | shop.blend.keep(method, start) | moments | unsent)
         metrics: dict[str, float | int] = {f"loss/{name}": value for name, value in losses.items()}
         metrics |= monitors | spent
         metrics |= {
@@ -98,9 +102,7 @@ class Site:
         }
         if shop.blend.form != "none":
             metrics["site/kept_share"] = share
-        flat = self.answers.pack({**method.state_dict(), **sums}, into=shop.packed)
-        flat = {group: flat[group] for group in self.answers.sizes}
-        return Answer(self.data.name, order.nonce, shop.answers.digest, metrics, flat)
+        return Answer(self.data.name, order.nonce, shop.up.digest, metrics, flat)
 
     def _phase(self, order: Order) -> Phase:
         """The phase of this round by this site's own study.
@@ -226,11 +228,7 @@ class Site:
     def _load(self, broadcast: Broadcast, kept: Tensors) -> None:
         """Broadcast tensors, then what the site kept; what it never kept starts as the study's seed made it."""
         method, layout = self.shop.method, self.shop.sends
-        if broadcast.order.layout != layout.digest:
-            raise ConfigError(
-                f"site '{self.data.name}': the server's model has layout {broadcast.order.layout[:12]}, "
-                f"this site's has {layout.digest[:12]}. Install the same medfl release and study on both."
-            )
+        site_wire.check(broadcast, layout.digest, self.data.name)
         own = {name: kept.get(name, tensor) for name, tensor in self.shop.initial.items()}
         method.load_state_dict({**layout.unpack(broadcast.flat), **own}, strict=False)
         place_targets(method, self.shop.policy.target, kept)

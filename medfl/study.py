@@ -15,6 +15,8 @@ PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
 TUNED = ("finetune", "head", "federated_finetune", "federated_head", "central_finetune")
 AT_ONE_SITE = ("finetune", "head")  # of TUNED: a network of one site, for everybody's steps
 ARMS = ("random", "local", "federated", "central")
+WIRES = ("fp32", "bf16", "fp16", "int8", "topk")
+MOST_SHARE = 0.5  # of values in wire=topk: each takes its place along, so more would be no smaller than all
 
 
 def check_fractions(at: str, fractions: tuple[float, ...]) -> None:
@@ -73,12 +75,30 @@ class Rounds(Section):
     max_update: float  # largest L2 norm of an update, in units of the broadcast's
     max_growth: float  # largest L2 norm of an update, in units of the median accepted so far
     inspect: str  # none | flag | exclude: sites whose updates stick out
+    wire: str  # fp32 | bf16 | fp16 | int8 | topk: the form of weights in training requests
+    wire_share: float  # of the values that wire=topk sends
     keep_checkpoints: int
 
     def __post_init__(self) -> None:
         one_of("rounds.carrier", self.carrier, ("inprocess", "workers", "ray"))
         if self.workers != "auto" and not (isinstance(self.workers, int) and self.workers > 0):
             raise ConfigError(f"rounds.workers: got {self.workers!r}, need auto or a number above 0.")
+        one_of("rounds.norm", self.norm, ("pooled", "local_statistics", "local"))
+        one_of("rounds.codebook", self.codebook, ("refresh", "split_prior", "mean", "local"))
+        one_of("rounds.target", self.target, ("auto", "average", "shift", "reset", "local"))
+        one_of("rounds.queue", self.queue, ("refresh", "keep", "clear"))
+        one_of("rounds.blend", self.blend, ("none", "paper", "code"))
+        one_of("rounds.gram", self.gram, ("auto", "always", "never"))
+        one_of("rounds.inspect", self.inspect, ("none", "flag", "exclude"))
+        one_of("rounds.wire", self.wire, WIRES)
+        if not 0 < self.wire_share <= MOST_SHARE:
+            raise ConfigError(f"rounds.wire_share: got {self.wire_share}, need a share above 0, up to {MOST_SHARE}.")
+        one_of("rounds.on_collapse", self.on_collapse, ("stop", "warn"))
+        for name, share in {"codebook_keep": self.codebook_keep, "blend_tau": self.blend_tau}.items():
+            if not 0 <= share < 1:
+                raise ConfigError(f"rounds.{name}: got {share}, need a share in [0, 1).")
+        if not 0 < self.quorum <= 1:
+            raise ConfigError(f"rounds.quorum: got {self.quorum}, need a share in (0, 1].")
 
 
 @dataclass(frozen=True)
@@ -213,17 +233,6 @@ class Study:
         one_of("training.precision", self.training.precision, ("auto", "fp32", "bf16"))
         one_of("training.channels_last", self.training.channels_last, ("auto", "always", "never"))
         one_of("training.device", self.training.device, ("auto", "cpu", "cuda"))
-        one_of("rounds.norm", self.rounds.norm, ("pooled", "local_statistics", "local"))
-        one_of("rounds.codebook", self.rounds.codebook, ("refresh", "split_prior", "mean", "local"))
-        one_of("rounds.target", self.rounds.target, ("auto", "average", "shift", "reset", "local"))
-        one_of("rounds.queue", self.rounds.queue, ("refresh", "keep", "clear"))
-        one_of("rounds.blend", self.rounds.blend, ("none", "paper", "code"))
-        one_of("rounds.gram", self.rounds.gram, ("auto", "always", "never"))
-        one_of("rounds.inspect", self.rounds.inspect, ("none", "flag", "exclude"))
-        one_of("rounds.on_collapse", self.rounds.on_collapse, ("stop", "warn"))
-        for name, share in {"codebook_keep": self.rounds.codebook_keep, "blend_tau": self.rounds.blend_tau}.items():
-            if not 0 <= share < 1:
-                raise ConfigError(f"rounds.{name}: got {share}, need a share in [0, 1).")
         for name, value in {
             "training.steps": self.training.steps,
             "training.batch_size": self.training.batch_size,
@@ -249,8 +258,6 @@ class Study:
             )
         check_fractions("training.label_fraction", (self.training.label_fraction,))
         self._check_private()
-        if not 0 < self.rounds.quorum <= 1:
-            raise ConfigError(f"rounds.quorum: got {self.rounds.quorum}, need a share in (0, 1].")
 
     def _check_private(self) -> None:
         if self.training.parts > 1 and self.privacy.on:

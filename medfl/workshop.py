@@ -9,6 +9,7 @@ import torch
 from medfl import config, seeding
 from medfl.data.sample import SiteData
 from medfl.errors import ConfigError
+from medfl.forms import Form, forms_of
 from medfl.layout import (
     Flat,
     Layout,
@@ -43,6 +44,8 @@ class Workshop:
     sends: Layout
     answers: Layout
     sums: Layout
+    down: Form  # of the broadcast that a site trains from
+    up: Form  # of its update
     blend: Blend
     packed: Flat  # where an answer is packed; written anew by each, so it is sent before the next is made
 
@@ -91,7 +94,7 @@ def workshop(source: str) -> Workshop:
     staying = tuple(n for n, t in initial.items() if claims[n].role is Role.LOCAL and t.is_floating_point())
     if study.rounds.queue == "keep":
         staying += tuple(n for n in initial if claims[n].role is Role.QUEUE)
-    answers = update_layout(method, policy)
+    sends, answers = broadcast_layout(method, policy), update_layout(method, policy)
     blended = [name for name, claim in claims.items() if claim.role is Role.PARAMETER]
     return Workshop(
         study,
@@ -102,9 +105,10 @@ def workshop(source: str) -> Workshop:
         staying,
         tuple(pooled_norms(method, policy.norm)),
         policy,
-        broadcast_layout(method, policy),
+        sends,
         answers,
         update_layout(method, policy, parameters=False),
+        *forms_of(study.rounds, sends, answers),
         Blend(study.rounds.blend, study.rounds.blend_tau, blended),
         answers.empty(),
     )

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,14 @@ def _measured(study: Study, site: Site, train: int) -> Fit:
         update = Update(site.data.name, centres.flat, len(site.images), {}, 0.0)
         books = server_books.first(server.books.kinds, [update], server.blueprint.seeds, study.seed)
         server.set_books(books)
-    answer = site.train(Broadcast(order, server.flat))  # a whole round, with what the first one takes longer
+    form = site.shop.down
+    sent = form.encode(server.flat)
+    answer = site.train(Broadcast(replace(order, layout=form.digest), sent))  # with what the first round takes longer
     began = time.perf_counter()
     site.refresh(Broadcast(order, server.flat))
     refresh, most = time.perf_counter() - began, study.rounds.refresh_volumes
     rest = refresh * min(train, most) / min(len(site.images), most)
-    up, down = (sum(array.nbytes for array in flat.values()) for flat in (answer.flat, server.flat))
+    up, down = (sum(array.nbytes for array in flat.values()) for flat in (answer.flat, sent))
     batch = min(len(site.task.images), study.training.batch_size)
     return Fit(_step(study, site), rest, batch, down, up, _peak(site), _views(study, site))
 

@@ -42,6 +42,12 @@ ROLES = {  # what may leave -> its column, and what it is
     "share": ("shares", "shares of the secrets behind the masks"),
     "metric": ("numbers", "losses, scores and counts from a fixed list of names, 8 bytes each"),
 }
+WIRE = {  # rounds.wire -> what happens to the weights in answers to training
+    "bf16": "rounded to 16 bits (bf16)",
+    "fp16": "rounded to 16 bits (fp16)",
+    "int8": "rounded to 8 bits, with one scale for each 256 of them (int8)",
+    "topk": "left out but for the largest changes and their places (topk)",
+}
 STAYS = (
     "images, masks, labels and predictions of single patients",
     "file names, folders, DICOM tags, patient and study numbers",
@@ -128,6 +134,9 @@ def _leaves(page: "Review") -> list[str]:
         cells = "".join(f"{_size(row.bytes[role]) if role in row.bytes else '-':>12}" for role in roles)
         lines.append(f"   {row.times:>7} x {REQUESTS.get(row.request, row.request):40}{cells}")
     lines += [f"- {': '.join(ROLES[role])}" for role in roles]
+    if page.wire in WIRE:
+        text = f"Weights leave training compressed, as changes to the ones that came: {WIRE[page.wire]}."
+        lines.append(f"{text} What int8 and topk leave out stays here and is added to the next round's change.")
     pretraining = [row for row in page.asked if row.request == "train.pretrain"]
     if per_round := sum(sum(row.bytes.values()) for row in pretraining):
         lines.append(f"Each round of pretraining: {_size(per_round)} ({per_round:,} bytes) at most.")

@@ -10,6 +10,7 @@ from medfl import __version__, config
 from medfl.derived import derive_tree
 from medfl.errors import ConfigError
 from medfl.finetuning import FROZEN
+from medfl.forms import Form
 from medfl.layout import Layout, Policy, counts_layout, seed_layout, study_claims, update_layout
 from medfl.messages import DESCRIBE, EVALUATE, KEYS, REFRESH, SEED, SHARES, SYNTHESIZE, TRAIN, UNMASK
 from medfl.methods.base import Method, Role
@@ -65,6 +66,7 @@ class Review:
     steps: int  # optimizer steps of a round
     batch: int  # images of a step
     parameters: int
+    wire: str  # form of the weights in answers to training, `rounds.wire`
     privacy: dict[str, Any]  # the study's section, with this site's limits
     assumed: str  # what had to be guessed; "": nothing
     asked: list[Asked]
@@ -113,6 +115,7 @@ def review(site: SiteFile, invitation: Invitation) -> Review:
         steps=study.training.steps,
         batch=study.training.batch_size,
         parameters=sum(parameter.numel() for parameter in method.parameters()),
+        wire=study.rounds.wire,
         privacy=private(yaml.safe_load(invitation.config), site.policy),
         assumed=assumed,
         asked=asked,
@@ -137,7 +140,7 @@ def _asked(study: Study, method: Method, policy: Policy, outputs: Mapping[str, i
         yield _row("synthesize", SYNTHESIZE, 1, Layout(()))
     if "pretrain" in study.stages and study.encoders is None:
         trained = len(training)
-        yield _row("pretrain", TRAIN["pretrain"], trained * study.rounds.count, update_layout(method, policy))
+        yield _row("pretrain", TRAIN["pretrain"], trained * study.rounds.count, _update(study, method, policy))
         yield _row("pretrain", SEED, trained * seeded, seed_layout(method))
         yield _row("pretrain", REFRESH, len(arms) + trained * seeded * LLOYD, sums)
     scored = len(arms)
@@ -177,6 +180,11 @@ def _row(stage: str, request: str, times: int, layout: Layout) -> Asked:
     return Asked(stage, request, times, sizes | {"metric": METRICS * METRIC_BYTES})
 
 
+def _update(study: Study, method: Method, policy: Policy) -> Layout:
+    """The answer to a training request, in its form on the wire."""
+    return Form.of(study.rounds.wire, update_layout(method, policy), study.rounds.wire_share).coded
+
+
 def _tunings(study: Study, arms: Sequence[str]) -> dict[bool, int]:
     """How many fine-tunings take place at one site; key: whether only the head is trained."""
     found: dict[bool, int] = {}
@@ -194,7 +202,7 @@ def _of_tuning(study: Study, outputs: Mapping[str, int], *, frozen: bool) -> tup
     tuned = config.parse(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     method = new_method(tuned)
     policy = Policy.of(method, tuned.rounds)
-    return update_layout(method, policy), update_layout(method, policy, parameters=False)
+    return _update(tuned, method, policy), update_layout(method, policy, parameters=False)
 
 
 def _outputs(site: SiteFile, study: Study) -> tuple[dict[str, int], str]:

@@ -27,6 +27,8 @@ def _refusals(study: Study) -> Iterator[str]:
         yield "rounds.inspect looks at the update of each site, the server has their sum. Take rounds.inspect=none."
     if odd := [arm for arm in study.arms if arm not in ARMS]:
         yield f"arm '{odd[0]}' is a network of one place, sent to the server. Take arms=[random,federated]."
+    if study.rounds.wire != "fp32":
+        yield f"rounds.wire={study.rounds.wire}: masks add up on fixed point values alone. Take rounds.wire=fp32."
     if study.rounds.codebook == "mean":
         yield "rounds.codebook=mean normalises each site's codes by themselves. Take rounds.codebook=refresh."
     tuned = [protocol for protocol in study.finetune.protocols if protocol not in TUNED]

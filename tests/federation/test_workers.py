@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from client.app import app as client
 from medfl.carriers import Host, simulate
 from medfl.errors import ConfigError, ResourceError
+from medfl.flower_compat import take_identity
 from medfl.messages import RAW, from_array, to_array
 from medfl.workers.grid import WorkerGrid
 from medfl.workers.notes import Memory
@@ -45,6 +46,7 @@ def add_one(message: Message, context: Context) -> Message:
 
 
 def request(sites: int, size: int = WIDE, **words: int | float) -> list[Message]:
+    take_identity(1)
     content = RecordDict({"x": ArrayRecord({"x": Array("float32", (size,), RAW, bytes(4 * size))})})
     content["do"] = ConfigRecord(dict(words))
     return [Message(content, dst_node_id=1000 + site, message_type="train") for site in range(sites)]

@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs/bench"
 RESULTS, RATIOS = HERE / "RESULTS.md", HERE / "ratios.json"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-TOLERANCE = 0.25  # by which a median may be worse than the committed one
+TOLERANCE = 0.25  # share of the committed ratio by which a median may be worse
+SLACK = 0.1  # and at least this much, for exponents around 0
 LIMIT = 3600  # seconds of a script
 SCRIPTS = (
     "floors", "views", "epoch", "steps", "quantizer", "aggregation", "compression", "memory", "rounds", "overhead",
@@ -122,10 +123,8 @@ def entries(found: Mapping[str, Found]) -> Iterable[dict[str, Any]]:
 
 def worse(entry: Mapping[str, Any], committed: float) -> bool:
     """Whether a median is worse than the committed one by more than the tolerance."""
-    middle = entry["ratio"]["median"]
-    if entry["better"] == "higher":
-        return bool(middle < committed * (1 - TOLERANCE))
-    return bool(middle > committed * (1 + TOLERANCE))
+    lost = committed - entry["ratio"]["median"]
+    return bool((lost if entry["better"] == "higher" else -lost) > max(TOLERANCE * committed, SLACK))
 
 
 def compare(found: Mapping[str, Found]) -> list[str]:

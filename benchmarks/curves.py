@@ -39,8 +39,9 @@ TRAINED = 0.6  # at least this share of a site's images is trained on
 def words_of(curve: str, value: str) -> list[str]:
     """The study of a point."""
     if curve == "sites":
-        return ["encoder=tiny", f"sites.count={value}", "data.size=16", f"data.count={40 * int(value)}",
-                "training.steps=1", "training.batch_size=4", "rounds.refresh_volumes=4"]  # fmt: skip
+        return ["encoder=tiny", f"sites.count={value}", "sites.min_images=8", "data.size=16",
+                f"data.count={20 * int(value)}", "training.steps=1", "training.batch_size=4",
+                "rounds.refresh_volumes=4"]  # fmt: skip
     if curve == "model":
         return [f"encoder={value}", "sites.count=2", "data.size=28", "data.count=100",
                 "training.steps=1", "training.batch_size=8", "rounds.refresh_volumes=8"]  # fmt: skip

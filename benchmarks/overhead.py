@@ -10,7 +10,7 @@ without it are shown beside. pfl is raced with the small CNN of its own CIFAR-10
     tiny       the same numbers, the product's tiny encoder, 32 pixels
     resnet18   8 sites, 3 steps of 16, 28 pixels
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/overhead.py [--rounds 5] [--quick] [--json FILE]
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/overhead.py [--rounds 5] [--quick] [--only ROW ...] [--json FILE]
 """
 
 import argparse
@@ -169,15 +169,16 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--quick", action="store_true", help="without resnet18")
+    options.add_argument("--only", nargs="*", default=["cnn", *ROWS])
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     torch.set_num_threads(1)
-    names, rows = list(ROWS)[: 1 if given.quick else None], {}
+    names, rows = [name for name in list(ROWS)[: 1 if given.quick else None] if name in given.only], {}
     figures = []
-    if installed("pfl"):
+    if "cnn" in given.only and installed("pfl"):
         rows["cnn"] = pfl_alone(rounds=given.rounds)
         figures.append(figure("overhead CNN, pfl / bare steps", rows["cnn"].ratio(PFL, STEPS), better="lower"))
-    else:
+    elif "cnn" in given.only:
         figures.append(not_run("overhead CNN, pfl / bare steps", "pfl is not installed"))
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

@@ -39,9 +39,8 @@ types: $(VENV)/ready
 layers: $(VENV)/ready
 	$(BIN)/lint-imports
 
-bench: $(VENV)/ready ## measure views and rounds on this machine (minutes)
-	$(BIN)/python benchmarks/views.py --json runs/bench-views.json
-	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py --json runs/bench-rounds.json
+bench: $(VENV)/ready ## measure speed on this machine and write it to benchmarks/RESULTS.md (an hour)
+	PYTHONPATH=. $(BIN)/python benchmarks/bench.py $(BENCH)
 
 clean: ## remove .venv and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

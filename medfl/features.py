@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from medfl.evaluation.collapse import rankme_from_sums
+from medfl.evaluation.collapse import rankme_from_sums, symmetric
 from medfl.gate import Update
 from medfl.layout import Layout
 from medfl.methods.base import Role
@@ -26,10 +26,10 @@ class Pool:
         if not self.layout.slots:
             return update
         tensors = self.layout.unpack(update.flat)
-        part = float(tensors["features.count"][0]), tensors["features.sum"], tensors["features.gram"]
+        part = float(tensors["features.count"][0]), tensors["features.sum"], symmetric(tensors["features.gram"])
         self._parts[update.site] = part[0], coding_rate(*part)
         if self._total is None:
-            self._total = part[0], part[1].clone(), part[2].clone()
+            self._total = part[0], part[1].clone(), part[2]
         else:
             count, total, gram = self._total
             self._total = count + part[0], total.add_(part[1]), gram.add_(part[2])

@@ -15,6 +15,7 @@ from flwr.app import Array, Message, RecordDict
 from medfl import allowed
 from medfl.errors import MedflError
 from medfl.evaluation import counts
+from medfl.evaluation.collapse import symmetric
 from medfl.forms import Form
 from medfl.layout import CODED, DTYPES, WHOLE, Flat, Layout, carrier, finite
 from medfl.messages import RAW, SITE_ERROR, from_array
@@ -219,6 +220,7 @@ def _check_features(flat: Flat, expected: Expected) -> None:
     if "features.count" not in tensors:
         return
     count, total, gram = (tensors[f"features.{kind}"] for kind in ("count", "sum", "gram"))
+    gram = symmetric(gram)
     most = count * (1 + ROUNDING)
     if not 0 <= gram.trace() <= most or bool(torch.linalg.vector_norm(total) > most) or bool((gram.abs() > most).any()):
         raise _refuse(expected, "the sums of its features are of no unit vectors.")

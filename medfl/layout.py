@@ -226,7 +226,7 @@ def update_layout(method: Method, policy: Policy, *, parameters: bool = True) ->
         rows += _book_rows(method, ("counts", "sums", "residuals"))
     if policy.gram:
         width = int(method.encoder.width)  # type: ignore[arg-type]
-        shapes = {"count": (1,), "sum": (width,), "gram": (width, width)}
+        shapes = {"count": (1,), "sum": (width,), "gram": (width * (width + 1) // 2,)}
         rows += [(f"features.{kind}", Claim(Role.STATISTICS), shape, "float64") for kind, shape in shapes.items()]
     return Layout.of(rows)
 

@@ -230,7 +230,7 @@ class Site:
         method, layout = self.shop.method, self.shop.sends
         site_wire.check(broadcast, layout.digest, self.data.name)
         own = {name: kept.get(name, tensor) for name, tensor in self.shop.initial.items()}
-        method.load_state_dict({**layout.unpack(broadcast.flat), **own}, strict=False)
+        site_wire.load(method.state_dict(), {**layout.unpack(broadcast.flat), **own})
         place_targets(method, self.shop.policy.target, kept)
 
     def _staying(self) -> Tensors:

@@ -12,12 +12,15 @@ from medfl.methods.moments import Moments
 
 
 def feature_sums(features: Tensor) -> Tensors:
-    """Count, sum and Σzzᵀ of the features at unit length (N, F), for the coding rate of all sites together."""
+    """Count, sum and Σzzᵀ of the features at unit length (N, F), for the coding rate of all sites together.
+
+    Of the symmetric Σzzᵀ the upper triangle, which is half of the bytes.
+    """
     count, total, gram = collapse.sums(F.normalize(features.double(), dim=1))
     return {
         "features.count": torch.tensor([count], dtype=torch.float64),
         "features.sum": total.cpu(),
-        "features.gram": gram.cpu(),
+        "features.gram": collapse.triangle(gram.cpu()),
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfl.evaluation.collapse import rankme, sums
+from medfl.evaluation.collapse import rankme, sums, symmetric, triangle
 from medfl.features import PRECISION, Pool, coding_rate
 from medfl.gate import Update
 from medfl.layout import Layout
@@ -20,12 +20,12 @@ def rows(seed: int, count: int, shift: float = 0.0) -> Tensor:
 
 
 def told_of(sites: dict[str, Tensor]) -> dict[tuple[str, str], float]:
-    shapes = {"count": (1,), "sum": (WIDTH,), "gram": (WIDTH, WIDTH)}
+    shapes = {"count": (1,), "sum": (WIDTH,), "gram": (WIDTH * (WIDTH + 1) // 2,)}
     layout = Layout.of((f"features.{k}", Claim(Role.STATISTICS), shape, "float64") for k, shape in shapes.items())
     pool = Pool(layout)
     for site, features in sites.items():
         count, total, gram = sums(features)
-        named = {"count": torch.tensor([count], dtype=torch.float64), "sum": total, "gram": gram}
+        named = {"count": torch.tensor([count], dtype=torch.float64), "sum": total, "gram": triangle(gram)}
         flat = layout.pack({f"features.{name}": tensor for name, tensor in named.items()})
         assert pool.add(Update(site, flat, len(features), {}, 0.0)).flat == {}
     return {(site, name): value for site, name, value in pool.told()}
@@ -38,6 +38,14 @@ def test_sums_of_sites_tell_what_the_pooled_rows_tell() -> None:
         assert found[site, "features/coding_rate"] == pytest.approx(float(of_rows(features, alpha=alpha)), rel=1e-9)
         assert coding_rate(*sums(features)) == pytest.approx(float(of_rows(features, alpha=alpha)), rel=1e-9)
     assert found["", "features/rankme"] == pytest.approx(rankme(pooled), rel=1e-6)
+
+
+def test_a_symmetric_matrix_travels_as_its_triangle() -> None:
+    for width in (1, 2, 7, 512):
+        drawn = torch.randn(width, width, dtype=torch.float64)
+        matrix = drawn + drawn.T
+        assert len(triangle(matrix)) == width * (width + 1) // 2
+        assert torch.equal(symmetric(triangle(matrix)), matrix)
 
 
 def test_separability_is_nothing_for_equal_sites_and_grows_with_their_distance() -> None:

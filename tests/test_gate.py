@@ -27,7 +27,7 @@ LAYOUT = Layout.of(
         ("book.residuals", Claim(Role.CODEBOOK), (2,), "float64"),
         ("book.sums", Claim(Role.CODEBOOK), (2, 3), "float64"),
         ("features.count", Claim(Role.STATISTICS), (1,), "float64"),
-        ("features.gram", Claim(Role.STATISTICS), (2, 2), "float64"),
+        ("features.gram", Claim(Role.STATISTICS), (3,), "float64"),
         ("features.sum", Claim(Role.STATISTICS), (2,), "float64"),
     ]
 )
@@ -39,7 +39,7 @@ BOOK, FEATURES = "codebook/all/float64", "statistics/all/float64"
 def honest(site: str = "a") -> Answer:
     flat = {PARAMETER: BEFORE[PARAMETER] + np.float32(0.1), MOMENTS: np.repeat([8.0, 9.0, 2.0], 4)}
     flat[BOOK] = np.array([3.0, 2.0, 0.5, 0.4, 2.9, 0.0, 0.0, 0.0, 1.9, 0.0])
-    flat[FEATURES] = np.array([4.0, 2.0, 0.5, 0.5, 2.0, 1.0, 1.0])
+    flat[FEATURES] = np.array([4.0, 2.0, 0.5, 2.0, 1.0, 1.0])
     metrics = {"site/volumes": 32, "site/steps": 5, "loss/total": 1.0}
     return Answer(site, "nonce-7", LAYOUT.digest, metrics, flat)
 

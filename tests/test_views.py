@@ -17,7 +17,7 @@ from medfl import config
 from medfl.config import build
 from medfl.data.sample import UNLABELLED
 from medfl.errors import ConfigError
-from medfl.views import compose
+from medfl.views import compose, nearest
 from medfl.views.chance import Chance
 from medfl.views.compose import Views
 from medfl.views.intensity import noise, quantiles
@@ -325,6 +325,20 @@ def test_masks_move_with_their_images_which_are_those_of_the_plain_views(shape, 
         assert torch.equal(view[:, :channels], expected)
         assert torch.equal(view[:, channels], other[:, channels])  # whatever is done to the grey values
     assert all(map(torch.equal, full(x[:, :channels], key=3), plain(x[:, :channels], key=3)))
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize("shape", [(4, 2, 40, 33), (4, 1, 24, 20, 26), (3, 1, 1, 9, 12)])
+def test_the_kernel_of_masks_takes_the_voxels_of_grid_sample(shape, padding):
+    labels = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(0)).float()
+    dims = len(shape) - 2
+    turn = torch.eye(dims) + 0.3 * torch.randn(8, dims, dims, generator=torch.Generator().manual_seed(1))
+    shift = 3 * torch.randn(8, dims, 1, generator=torch.Generator().manual_seed(2))
+    maps = torch.cat([turn, shift], dim=2)
+    found = nearest.render(labels, maps, padding=padding)
+    repeated = labels.repeat(3, *[1] * (dims + 1))[:8]
+    expected = resample(repeated, maps, padding=padding, mode="nearest")
+    assert float((found != expected).float().mean()) < 1e-3  # places midway between two voxels
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 9, 14), (2, 1, 7, 5, 11)])

@@ -28,6 +28,22 @@ def rankme(embeddings: Tensor) -> float:
     return _effective_rank(scatter, rank=min(z.shape), power=float(z.square().sum()))
 
 
+def triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (F, F), row by row: (F (F + 1) / 2,)."""
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
+
+
+def symmetric(values: Tensor) -> Tensor:
+    """The matrix (F, F) that `triangle` had."""
+    width = (math.isqrt(8 * len(values) + 1) - 1) // 2
+    matrix = values.new_empty(width, width)
+    rows, columns = torch.triu_indices(width, width)
+    matrix[rows, columns] = values
+    matrix[columns, rows] = values
+    return matrix
+
+
 def sums(embeddings: Tensor) -> tuple[int, Tensor, Tensor]:
     """What `rankme_from_sums` needs of embeddings (N, E): N, sum z (E,), sum z zᵀ (E, E), in float64.
 

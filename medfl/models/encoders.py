@@ -148,17 +148,26 @@ class ResNet(nn.Module):
         dims, channels = self._architecture["spatial_dims"], self._architecture["in_channels"]
         if images.dim() != dims + 2 or images.shape[1] != channels:
             raise ValueError(f"got images {tuple(images.shape)}, need (B, {channels}, {', '.join('DHW'[-dims:])}).")
-        again = self.checkpointing and torch.is_grad_enabled()
-        found, current = [], recomputed(self.stem, images) if again else self.stem(images)
+        run = (
+            self._recomputed if self.checkpointing and self.training and torch.is_grad_enabled() else nn.Module.__call__
+        )
+        found, current = [], run(self.stem, images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                current = recomputed(block, current) if again else block(current)
+            current = run(stage, current)
             found.append(current)
         return found
 
     def forward(self, images: Tensor) -> Tensor:
         """The representation h (B, F): the mean of layer4 over space."""
         return pooled(self.maps(images)[3])
+
+    @staticmethod
+    def _recomputed(part: nn.Sequential, current: Tensor) -> Tensor:
+        """Stem or stage without keeping what is inside its blocks."""
+        blocks = list(part) if isinstance(part[0], Residual) else [part]
+        for block in blocks:
+            current = recomputed(block, current)
+        return current
 
     def _stage(self, index: int, inputs: int) -> nn.Sequential:
         a = self._architecture

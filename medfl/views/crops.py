@@ -1,7 +1,5 @@
 """Crops of multi-modal scans, cut at random and often around the lesion: grey values stay as they are."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,7 @@ from medfl.data.sample import UNLABELLED, number, require, whole
 from medfl.views import compose
 
 KEPT = 2  # modalities that are never dropped
+TRIES = 48  # voxels that are looked at before all are
 
 
 class Crops:
@@ -55,30 +54,48 @@ class Crops:
         compose.refuse_images(images)
         if images.shape[1] < self.channels:
             raise ValueError(f"crops: got {images.shape[1]} channels, need the {self.channels} modalities or more.")
-        columns, _ = compose.uniforms(len(images), 3 + self.channels, key=key, count=count)
-        drawn = torch.stack([next(columns) for _ in range(3 + self.channels)]).to(images.device)
-        gate, place, mirror, *drop = drawn.view(-1, count, len(images))
-        seen = images[:, : self.channels].ne(0)
-        centres = self._centres(images, seen, gate < self.foreground, place)
-        kept = self._kept(seen.flatten(2).any(2), torch.stack(drop, dim=-1))
+        needed = 3 + self.channels + TRIES
+        columns, _ = compose.uniforms(len(images), needed, key=key, count=count)
+        drawn = torch.stack([next(columns) for _ in range(needed)]).to(images.device)
+        gate, place, mirror, *rest = drawn.view(-1, count, len(images))
+        drop, tried = rest[: self.channels], torch.stack(rest[self.channels :], dim=-1)
+        flat = images.flatten(2)  # (B, C, P)
+        at = (tried.double() * flat.shape[2]).long().clamp_max(flat.shape[2] - 1)  # (V, B, TRIES)
+        values = flat.gather(2, at.transpose(0, 1).flatten(1)[:, None].expand(-1, flat.shape[1], -1))
+        values = values.view(*flat.shape[:2], count, TRIES)
+        centres = self._centres(flat, at, values, gate < self.foreground, place)
+        kept = self._kept(self._had(flat, values), torch.stack(drop, dim=-1))
         mirrored = mirror < self.flip
         return [self._view(images, *parts) for parts in zip(centres, kept, mirrored, strict=True)]
 
-    def _centres(self, images: Tensor, seen: Tensor, lesion_wanted: Tensor, place: Tensor) -> Tensor:
-        """Flat index (V, B) of the voxel in the middle of each crop, for (V, B) gates and uniforms.
+    def _centres(self, flat: Tensor, at: Tensor, values: Tensor, lesion_wanted: Tensor, place: Tensor) -> Tensor:
+        """Flat index (V, B) of the voxel in the middle of each crop: one of the allowed voxels, all alike.
+
+        The first of a few tried voxels that is allowed, which is such a draw; only where none is, all are looked at.
 
         Args:
-            seen: (B, M, *S), where a modality is not 0.
+            flat: images (B, C, P).
+            at: tried voxels (V, B, TRIES), with their values (B, C, V, TRIES).
+            lesion_wanted, place: (V, B); `place` draws where all voxels are looked at.
         """
-        # by hand: any(1) takes three times as long
-        inside = functools.reduce(torch.logical_or, seen.unbind(1)).flatten(1)  # (B, P)
-        inside = inside | ~inside.any(1, keepdim=True)  # an image of zeros: anywhere
-        centres = _pick(inside, place)
-        if images.shape[1] == self.channels:
+        centres, found = _first(at, (values[:, : self.channels] != 0).any(1).transpose(0, 1))
+        for view, image in (~found).nonzero().tolist():
+            inside = (flat[image, : self.channels] != 0).any(0)  # an image of zeros: anywhere
+            centres[view, image] = _pick(inside if bool(inside.any()) else torch.ones_like(inside), place[view, image])
+        if flat.shape[1] == self.channels:
             return centres
-        last = images[:, -1].flatten(1)
-        lesion = (last > 0) & (last != UNLABELLED)
-        return torch.where(lesion_wanted & lesion.any(1), _pick(lesion, place), centres)
+        at_lesion, found = _first(at, _lesion(values[:, -1]).transpose(0, 1))
+        for view, image in (lesion_wanted & ~found).nonzero().tolist():
+            if bool((lesion := _lesion(flat[image, -1])).any()):
+                at_lesion[view, image], found[view, image] = _pick(lesion, place[view, image]), True
+        return torch.where(lesion_wanted & found, at_lesion, centres)
+
+    def _had(self, flat: Tensor, values: Tensor) -> Tensor:
+        """Which modalities the images have, (B, M): those with a voxel that is not 0."""
+        had = (values[:, : self.channels] != 0).flatten(2).any(2)
+        image, channel = (~had).nonzero().unbind(1)
+        had[image, channel] = (flat[image, channel] != 0).any(1)
+        return had
 
     def _kept(self, had: Tensor, uniform: Tensor) -> Tensor:
         """Which modalities stay, (V, B, M), of those that the images have (B, M)."""
@@ -98,11 +115,21 @@ class Crops:
         return (self.size, self.size, self.depth or self.size)[:dims]
 
 
+def _lesion(labels: Tensor) -> Tensor:
+    return (labels > 0) & (labels != UNLABELLED)
+
+
+def _first(at: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """The first allowed one of tried voxels (V, B, T), and whether there is one: both (V, B)."""
+    place = allowed.byte().argmax(2, keepdim=True)  # of equal ones the first
+    return at.gather(2, place).squeeze(2), allowed.any(2)
+
+
 def _pick(chosen: Tensor, uniform: Tensor) -> Tensor:
-    """Flat index (V, B) of one of the true voxels of (B, P), for uniforms (V, B); of a row without any, the last."""
-    counted = chosen.cumsum(1, dtype=torch.int32)  # int64 takes eight times as long
-    wanted = 1 + (uniform.T.double() * counted[:, -1:]).int()  # (B, V)
-    return torch.searchsorted(counted, wanted.contiguous()).clamp_max(chosen.shape[1] - 1).T
+    """Index () of one of the true voxels (P,), of which there is one at least, for a uniform ()."""
+    counted = chosen.cumsum(0, dtype=torch.int32)  # int64 takes eight times as long
+    wanted = 1 + (uniform.double() * counted[-1]).int()
+    return torch.searchsorted(counted, wanted).clamp_max(len(chosen) - 1)
 
 
 def _cut(image: Tensor, middle: list[int], sides: list[int]) -> Tensor:

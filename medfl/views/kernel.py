@@ -59,14 +59,14 @@ class Drawn(NamedTuple):
     reach: np.float32  # how far outside the image coordinates may lie: 0 repeats the border, 1 fades to zero
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call; keep the machine code on disk where a folder can be written, else in memory.
 
     NaN and infinity keep their meaning: the allowed float liberties are contraction and reordering only.
     """
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
     try:
-        jitted: Callable[..., None] = numba.njit(cache=True, **options)(function)
+        jitted: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache folder: numba finds no place
         jitted = numba.njit(**options)(function)
     return jitted
@@ -148,6 +148,10 @@ def _curve(line: Array, gamma: np.float32) -> None:
 def _finish(part: Array, picked: Array, offset: int, drawn: Drawn, row: int) -> None:
     """Scale, shift and the noise of the positions from `offset` on, in place."""
     scale, shift, sd = drawn.tone[row, 1], drawn.tone[row, 2], drawn.tone[row, 3]
+    if sd == ZERO:
+        for k in range(part.size):
+            part[k] = part[k] * scale + shift
+        return
     first_salt, second_salt, start = drawn.salts[row, 0], drawn.salts[row, 1], u32(offset)
     for k in range(picked.size):
         bits = u32(u32(start + u32(k)) ^ first_salt)
@@ -161,7 +165,7 @@ def _finish(part: Array, picked: Array, offset: int, drawn: Drawn, row: int) -> 
 
 
 @compiled
-def _blur(volume: Array, taps: Array, outer: int, side: int, inner: int) -> None:
+def blur_along(volume: Array, taps: Array, outer: int, side: int, inner: int) -> None:
     """Convolve a flat volume, seen as (outer, side, inner), along `side` in place, repeating the border."""
     radius, slab = taps.size // 2, side * inner
     padded = np.empty((side + 2 * radius) * inner, np.float32)
@@ -211,7 +215,7 @@ def _soften(out: Array, taps: Array) -> None:
         for side in out.shape[1:]:
             inner //= side
             if side > 1:
-                _blur(volume, taps, outer, side, inner)
+                blur_along(volume, taps, outer, side, inner)
             outer *= side
 
 
@@ -241,7 +245,7 @@ def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: T
     out = torch.empty(rows, *shape)
     source, target = (x.view(len(x), shape[0], -1, *shape[-2:]).numpy() for x in (images.contiguous(), out))
     drawn = Drawn(
-        affine=_from_corner(maps, shape[1:]),
+        affine=from_corner(maps, shape[1:]),
         tone=tone.numpy(),
         taps=taps.numpy(),
         salts=salts.numpy().view(np.uint32),
@@ -260,7 +264,7 @@ def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: T
     return out
 
 
-def _from_corner(maps: Tensor, size: torch.Size) -> Array:
+def from_corner(maps: Tensor, size: torch.Size) -> Array:
     """Maps (R, d, d + 1) about the grid's centre as (R, 3, 4) about its first voxel; 2D gets an idle first axis."""
     dims = len(size)
     centre = (torch.tensor(size, dtype=torch.float32) - 1) / 2

@@ -44,7 +44,15 @@ class Paired:
         masks = images[:, self.channels :]
         if not masks.shape[1]:
             return views
-        maps = draw.maps.to(images.device, non_blocking=True).view(count, len(images), *draw.maps.shape[1:])
-        padding = self.views.spatial.padding
-        moved = (spatial.resample(masks, part, padding=padding, mode="nearest") for part in maps)
+        moved = self._moved(masks, draw.maps).view(count, *masks.shape)
         return [torch.cat(pair, dim=1) for pair in zip(views, moved, strict=True)]
+
+    def _moved(self, masks: Tensor, maps: Tensor) -> Tensor:
+        """The masks (V B, C, *S) of all views at `maps`."""
+        padding = self.views.spatial.padding
+        if compose.compiles(self.views.backend, masks.device):
+            from medfl.views import nearest
+
+            return nearest.render(masks, maps, padding=padding)
+        repeated = masks.repeat(len(maps) // len(masks), *[1] * (masks.ndim - 1))
+        return spatial.resample(repeated, maps.to(masks.device, non_blocking=True), padding=padding, mode="nearest")

@@ -60,8 +60,9 @@ class EightViews:
         u = self._placed(((images.detach() + 1) / 2).clamp_(0, 1), draw, count)
         table, salts = (x.to(u.device, non_blocking=True) for x in (draw.table, draw.salts))
         most = max(1, CACHED // u.shape[1:].numel()) if u.device.type == "cpu" else len(u)
+        fast = compose.compiles(self.backend, u.device)
         for operation, rows in parts(draw.chosen, u.device, most=most):
-            some = self.tone.changed(u[rows], operation, table[rows], salts[rows])
+            some = self.tone.changed(u[rows], operation, table[rows], salts[rows], fast=fast)
             u.index_copy_(0, rows, some)
         return list(u.clamp_(0, 1).mul_(2).sub_(1).view(count, *images.shape).unbind(0))
 

@@ -29,7 +29,7 @@ TOLERANCE = 0.25  # share of the committed ratio by which a median may be worse
 SLACK = 0.1  # and at least this much, for exponents around 0
 LIMIT = 3600  # seconds of a script
 SCRIPTS = (
-    "floors", "views", "epoch", "steps", "quantizer", "aggregation", "compression", "memory", "rounds", "overhead",
+    "floors", "views", "epoch", "steps", "quantizer", "aggregation", "traffic", "memory", "rounds", "overhead",
     "engines", "curves",
 )  # fmt: skip
 QUICK = {"views", "epoch", "quantizer", "rounds", "overhead", "curves"}  # those that know --quick

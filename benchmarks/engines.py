@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from harness import machine, write
+from harness import figure, machine, write
 
 FLOAT = 4
 LARGE = 11_700_000  # numbers: 46.8 MB, a ResNet-18
@@ -29,6 +29,7 @@ POINTS = [("8 sites, 1 number", 8, 1, 30), ("100 sites, 1 number", 100, 1, 15), 
 ENGINES = ("inprocess", "workers", "flower")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 PROCESSES = 2
+BAR, BARRED = 8.0, "8 sites, 46.8 MB"
 
 
 def main() -> None:
@@ -56,9 +57,22 @@ def main() -> None:
         means = [row["mean"] for row in rows if row["point"] == name]
         if max(means) - min(means) > 1e-5 * max(means):  # float32, added in another order
             raise SystemExit(f"{name}: the engines do not compute the same mean: {means}")
-    result = {"before": before, "after": machine(), "rows": rows, "summary": summary(rows)}
-    print(json.dumps(result["summary"], indent=1))
-    write(given.json, result)
+    told = summary(rows)
+    print(json.dumps(told, indent=1))
+    write(given.json, {"machine": before, "figures": figures(told), "after": machine(), "rows": rows, "summary": told})
+
+
+def figures(told: dict[str, dict]) -> list[dict[str, object]]:
+    """Flower's round over ours: of the medians, and of the rounds that are farthest apart."""
+    found = []
+    for name, engines in told.items():
+        theirs = engines["flower"]
+        for engine in ENGINES[:2]:
+            own = engines[engine]
+            ratio = (theirs["ms"] / own["ms"], theirs["least"] / own["most"], theirs["most"] / own["least"])
+            bar = BAR if name == BARRED and engine == "workers" else None
+            found.append(figure(f"engines {name}, Flower / {engine}", ratio, bar=bar, better="higher"))
+    return found
 
 
 def summary(rows: list[dict]) -> dict[str, dict]:

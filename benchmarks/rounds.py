@@ -31,7 +31,7 @@ from medfl.site import Site, open_site
 from medfl.study import Study
 from medfl.training import train_locally
 
-BAR = 1.05  # times the bare loop
+BAR = 1.03  # times the bare loop
 ROUND, BARE, STEPS = "federated round", "bare loop", "bare steps, no refresh pass"
 COMMON = ("method=simclr", "sites=iid", "arms=[federated]", "rounds.count=100000", "training.threads=1")
 

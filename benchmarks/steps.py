@@ -38,6 +38,7 @@ SHAPES = {
         "encoder.stem=imagenet",
     ),
 }
+ONE_CELL = {("dcl", "3d"): ("encoder.stem=small", "training.batch_size=4")}  # its head needs a map of two cells
 COMMON = ("sites=iid", "sites.count=1", "training.threads=1", "data.count=160", "training.steps=1")
 STEP, BOUND, VIEWS, UPDATE = "step", "encoder", "views", "optimizer and averages"
 FIGURES = ("median", "min", "max")
@@ -45,7 +46,7 @@ FIGURES = ("median", "min", "max")
 
 def opened(method: str, shape: str, words: list[str]) -> Site:
     """A site of this method, its codebooks set."""
-    study = config.compose([f"method={method}", *SHAPES[shape], *COMMON, *words])
+    study = config.compose([f"method={method}", *SHAPES[shape], *COMMON, *ONE_CELL.get((method, shape), ()), *words])
     site = open_site(study.source, 0)
     for name, book in site.shop.method.codebooks().items():
         found = site._seeds(least=1)

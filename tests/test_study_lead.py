@@ -156,6 +156,8 @@ def test_progress_counts_the_rounds_of_a_resumed_arm_too() -> None:
     assert (seen.round, seen.rounds, seen.done, seen.planned, seen.seconds_left) == (2, 4, 2, 4, 20.0)
     assert seen.loss is None
     assert progress([], {}).stage == ""
+    masked = event(7, stage="keys", arm="federated", round=2, name="audit/lines", value=9.0)
+    assert progress([*began, masked], {"pretrain": 4}).round == 1  # the stage goes on
 
 
 def test_the_commands_say_what_comes_next(

@@ -10,6 +10,7 @@ from medfl.run_folder import TRAININGS
 CLOSED, LOSS = "round/sites", "loss/total"  # of every round; of one whose sites may tell it
 TOLD = ("refused", "remark", "checkpoint/damaged", "joined")
 SHOWN = 5  # of what was told last
+AROUND = ("keys", "shares", "unmask")  # exchanges around a masked sum, in the middle of a stage
 Event = Mapping[str, Any]
 
 
@@ -39,7 +40,7 @@ def progress(events: Sequence[Event], rounds: Mapping[str, int]) -> Progress:
         return Progress()
     last = events[-1]
     told = tuple(map(_told, [event for event in events if event["name"] in TOLD][-SHOWN:]))
-    stage = str(last["stage"])
+    stage = str(next((event["stage"] for event in reversed(events) if event["stage"] not in AROUND), ""))
     here = [event for event in events if event["stage"] == stage]
     starts = [place for place, event in enumerate(here) if event["name"] == "planned"]
     if stage not in TRAININGS or not starts:

@@ -1,5 +1,6 @@
 """Updates in the order of names, whatever the order in which they come, and nothing left on disk."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_updates_are_taken_in_the_order_of_names_with_all_their_bits(order: list
         taken.append(detached(one))
         return one
 
-    turns = Turns(NAMES, take, Path("/tmp"))
+    turns = Turns(NAMES, take, Path(tempfile.gettempdir()))
     for name in order:
         turns.gone(name) if name in lost else turns.came(update(name))
     assert [one.site for one in taken] == [one.site for one in turns.done] == [n for n in NAMES if n not in lost]

@@ -15,7 +15,6 @@ logarithms: 1 is proportional, 0 constant.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ import numpy as np
 import torch
 from harness import figure, machine, not_run, write
 from rounds import Rig
+
+from medfl.machine import peak
 
 SITES = [4, 8, 16, 64, 250, 1000]
 MODELS = ["tiny", "resnet10", "resnet18", "resnet50"]
@@ -50,11 +51,6 @@ def words_of(curve: str, value: str) -> list[str]:
             f"training.steps={count // 16}", "training.batch_size=16", "rounds.refresh_volumes=16"]  # fmt: skip
 
 
-def peak() -> float:
-    """MiB of the largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def point(curve: str, value: str) -> dict[str, float]:
     """One point, in this process."""
     torch.set_num_threads(1)
@@ -67,7 +63,7 @@ def point(curve: str, value: str) -> dict[str, float]:
         seconds = time.process_time() - began
     method = rig.sites[0].shop.method
     x = float(sum(p.numel() for p in method.parameters())) if curve == "model" else float(value)
-    return {"x": x, "seconds": seconds, "mib": peak() - start}
+    return {"x": x, "seconds": seconds, "mib": (peak() - start) / 2**20}
 
 
 def apart(curve: str, value: str) -> dict[str, float] | None:

@@ -9,7 +9,6 @@ Flower's FedAvg step on as many replies, which it gets together. The slope is th
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 from harness import figure, machine, write
 
 from medfl import config
+from medfl.machine import peak
 
 ENCODER = ("encoder=resnet18", "data.size=32")
 BAR = 0.05  # models for each extra site
@@ -30,7 +30,7 @@ def point(what: str, sites: int) -> None:
     print(json.dumps(flower(sites) if what == PEER else federated(what, sites)))
 
 
-def federated(method: str, sites: int) -> dict[str, int]:
+def federated(method: str, sites: int) -> dict[str, float]:
     """Two rounds."""
     from client.app import app as client
     from medfl import carriers
@@ -49,7 +49,7 @@ def federated(method: str, sites: int) -> dict[str, int]:
     return {"peak": peak(), "model": model}
 
 
-def flower(sites: int) -> dict[str, int]:
+def flower(sites: int) -> dict[str, float]:
     """Its own mean of as many different replies as there are sites, of one flat array each."""
     from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
@@ -62,10 +62,6 @@ def flower(sites: int) -> dict[str, int]:
     ]  # fmt: skip
     aggregate_arrayrecords(replies, "num-examples")
     return {"peak": peak(), "model": 4 * size}
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

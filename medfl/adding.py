@@ -3,25 +3,17 @@
 Sums run in float64 in the order of coming, without any reordering by the compiler: equal inputs give equal bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
+
+from medfl.jit import compiled
 
 RING = 4  # arrays that are added in one pass over the sum: its traffic is then half of that of the arrays
 
 
-def _exact(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile at the first call, with IEEE arithmetic; keep the machine code on disk where a folder can be written."""
-    try:
-        jitted: Callable[..., None] = numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba finds no place for it
-        jitted = numba.njit(nogil=True)(function)
-    return jitted
-
-
-@_exact
+@compiled
 def _add(total: Any, first: bool, a: Any, b: Any, c: Any, d: Any, w: Any) -> None:
     """total <- total + Σ w x, or Σ w x where it is the `first`."""
     wa, wb, wc, wd = w
@@ -33,7 +25,7 @@ def _add(total: Any, first: bool, a: Any, b: Any, c: Any, d: Any, w: Any) -> Non
             total[i] = (((total[i] + wa * a[i]) + wb * b[i]) + wc * c[i]) + wd * d[i]
 
 
-@_exact
+@compiled
 def _finish(total: Any, first: bool, a: Any, b: Any, c: Any, d: Any, w: Any, divisor: float, out: Any) -> None:
     """out <- (total + Σ w x) / divisor, without `total` where it is the `first`."""
     wa, wb, wc, wd = w

@@ -6,7 +6,6 @@ values or distances, and an inspection, need all updates together, in memory.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from medfl import conduct, config, features, rules
 from medfl.ballot import Ballot, Rule, counted_groups, influence, sample_for, steps_to, thin, volumes_of
@@ -21,19 +20,7 @@ from medfl.turns import detached
 Told = list[tuple[str, str, float]]  # site, name, value
 
 
-class Aggregation(Protocol):
-    """One round's way from updates to a step."""
-
-    pool: features.Pool  # the sums of features, when all updates are in
-
-    def take(self, update: Update) -> Update:
-        """An update in its turn, in the order of site names; what of it is still needed."""
-
-    def step(self, updates: Sequence[Update]) -> tuple[list[Update], Told]:
-        """Step the server to the aggregate; the updates that count, and what was seen of all."""
-
-
-def begin(federation: Federation, server: Server, sites: Sequence[Enrolled], asked: int, needed: str) -> Aggregation:
+def begin(federation: Federation, server: Server, sites: Sequence[Enrolled], asked: int, needed: str) -> "Together":
     """
     Args:
         sites: those that are asked in this round.
@@ -54,22 +41,33 @@ class Together:
         self.federation, self.server, self.sites, self.rule, self.needed = federation, server, sites, rule, needed
         self.study, self.max_share = federation.study, federation.study.rounds.max_share
         self.pool = features.Pool(server.blueprint.answers)
+        self.steps: Mapping[str, int] | None = None  # of samples, in place of whole arrays
 
     def take(self, update: Update) -> Update:
+        """An update in its turn, in the order of site names; what of it is still needed."""
         return self.pool.add(update)
 
     def step(self, updates: Sequence[Update]) -> tuple[list[Update], Told]:
+        """Step the server to the aggregate; the updates that count, and what was seen of all."""
         server = self.server
         ballot = Ballot.of(
-            updates, self.sites, server.blueprint.sends, server.flat, needed=self.needed, accepted=server.norms
-        )
+            self._seen(updates), self.sites, server.blueprint.sends, server.flat,
+            needed=self.needed, accepted=server.norms, steps=self.steps,
+        )  # fmt: skip
         judged = self._judged(updates, ballot)
         for place in sorted(judged.out, reverse=True):
             ballot = ballot.without(place)
         kept = [update for place, update in enumerate(updates) if place not in judged.out]
         moved = influence(ballot, self.rule, self.max_share)
-        server.step(ballot.count(self.rule, self.max_share))
+        server.step(self._aggregate(ballot))
         return kept, judged.told + _influences(kept, moved)
+
+    def _seen(self, updates: Sequence[Update]) -> Sequence[Update]:
+        """What there is of the updates' arrays."""
+        return updates
+
+    def _aggregate(self, ballot: Ballot) -> Flat:
+        return ballot.count(self.rule, self.max_share)
 
     def _judged(self, updates: Sequence[Update], ballot: Ballot) -> conduct.Judged:
         """What is remarked of the updates, in the run's records."""
@@ -95,7 +93,9 @@ class Streamed(Together):
 
         super().__init__(federation, server, sites, rule, needed)
         self.groups = counted_groups(server.blueprint.sends)
-        self.steps = steps_to({group: server.flat[group] for group in self.groups}, sample_for(len(sites)))
+        self.sampling = self.steps = steps_to(
+            {group: server.flat[group] for group in self.groups}, sample_for(len(sites))
+        )
         self.uniform = rules.rule_of(rule) is rules.uniform_mean
         apart = 0 if self.uniform or self.max_share >= 1 else int(1 / self.max_share + 1e-9)
         self.means = {group: Mean(apart) for group in self.groups}
@@ -106,23 +106,17 @@ class Streamed(Together):
             volumes = volumes_of(update, self.sites[update.site], slots[0].owner, group, self.needed)
             if volumes:
                 self.means[group].add(update.flat[group], 1.0 if self.uniform else volumes)
-        sample = {group: array.copy() for group, array in thin(update.flat, self.steps).items()}
+        sample = {group: array.copy() for group, array in thin(update.flat, self.sampling).items()}
         self.samples.append(replace(update, flat=sample))
         rest = self.pool.add(update)
         return detached(replace(rest, flat={g: array for g, array in rest.flat.items() if g not in self.groups}))
 
-    def step(self, updates: Sequence[Update]) -> tuple[list[Update], Told]:
-        server = self.server
-        ballot = Ballot.of(
-            self.samples, self.sites, server.blueprint.sends, server.flat,
-            needed=self.needed, accepted=server.norms, steps=self.steps,
-        )  # fmt: skip
-        judged = self._judged(self.samples, ballot)
-        moved = influence(ballot, self.rule, self.max_share)
-        server.step(self._aggregate())
-        return list(updates), judged.told + _influences(updates, moved)
+    def _seen(self, updates: Sequence[Update]) -> Sequence[Update]:
+        del updates  # without arrays
+        return self.samples
 
-    def _aggregate(self) -> Flat:
+    def _aggregate(self, ballot: Ballot) -> Flat:
+        del ballot  # of samples
         found: Flat = {}
         for group, mean in self.means.items():
             if mean.weights:

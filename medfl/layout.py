@@ -128,6 +128,11 @@ class Layout:
         """The part with this role; offsets are per group, so they stay."""
         return Layout(tuple(slot for slot in self.slots if slot.role is role))
 
+    def unsound(self, group: str, array: np.ndarray) -> str:
+        """Name of the first tensor of a flat array that is not finite; "" if there is none."""
+        parts = ((slot.name, array[slot.offset : slot.offset + slot.size]) for slot in self.groups[group])
+        return next((name for name, part in parts if not finite(part)), "")
+
     def empty(self) -> Flat:
         """One flat array per group, not yet filled."""
         return {group: np.empty(size, carrier(group.rpartition("/")[2])) for group, size in self.sizes.items()}

@@ -90,5 +90,5 @@ def _name(form: Form, group: str) -> str:
 def _check(form: Form, group: str, change: np.ndarray) -> None:
     if finite(change):
         return
-    bad = [slot.name for slot in form.groups[group] if not finite(change[slot.offset : slot.offset + slot.size])]
-    raise DivergedError(f"'{(bad or [group])[0]}' has NaN or infinity. Lower training.optimizer.lr. Nothing was sent.")
+    name = form.plain.unsound(group, change) or group
+    raise DivergedError(f"'{name}' has NaN or infinity. Lower training.optimizer.lr. Nothing was sent.")

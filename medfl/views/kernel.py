@@ -15,12 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from medfl import jit
 from medfl.views.intensity import LEVELS, MULTIPLIERS, quantiles
 
 Array = npt.NDArray[Any]
@@ -60,16 +60,8 @@ class Drawn(NamedTuple):
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call; keep the machine code on disk where a folder can be written, else in memory.
-
-    NaN and infinity keep their meaning: the allowed float liberties are contraction and reordering only.
-    """
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
-    try:
-        jitted: Callable[..., Any] = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache folder: numba finds no place
-        jitted = numba.njit(**options)(function)
-    return jitted
+    """Compiled so that NaN and infinity keep their meaning; the allowed liberties are contraction and reordering."""
+    return jit.compiled(function, fastmath={"contract", "reassoc", "nsz"})
 
 
 @compiled
@@ -165,7 +157,7 @@ def _finish(part: Array, picked: Array, offset: int, drawn: Drawn, row: int) -> 
 
 
 @compiled
-def blur_along(volume: Array, taps: Array, outer: int, side: int, inner: int) -> None:
+def _blur(volume: Array, taps: Array, outer: int, side: int, inner: int) -> None:
     """Convolve a flat volume, seen as (outer, side, inner), along `side` in place, repeating the border."""
     radius, slab = taps.size // 2, side * inner
     padded = np.empty((side + 2 * radius) * inner, np.float32)
@@ -207,7 +199,7 @@ def _place(image: Array, out: Array, affine: Array, reach: np.float32) -> None:
 
 
 @compiled
-def _soften(out: Array, taps: Array) -> None:
+def soften(out: Array, taps: Array) -> None:
     """Blur a view (C, D, H, W) along every axis in place."""
     for c in range(len(out)):
         volume = out[c].reshape(-1)
@@ -215,7 +207,7 @@ def _soften(out: Array, taps: Array) -> None:
         for side in out.shape[1:]:
             inner //= side
             if side > 1:
-                blur_along(volume, taps, outer, side, inner)
+                _blur(volume, taps, outer, side, inner)
             outer *= side
 
 
@@ -226,7 +218,7 @@ def _rows(images: Array, out: Array, drawn: Drawn, start: int, stop: int) -> Non
     for row in range(start, stop):
         _place(images[row % len(images)], out[row], drawn.affine[row], drawn.reach)
         if drawn.taps[row, drawn.taps.shape[1] // 2] < ONE:
-            _soften(out[row], drawn.taps[row])
+            soften(out[row], drawn.taps[row])
         view = out[row].reshape(-1)
         for first in range(0, view.size, CHUNK):
             part = view[first : first + CHUNK]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medfl.views.intensity import MULTIPLIERS
-from medfl.views.kernel import blur_along, compiled
+from medfl.views.kernel import compiled, soften
 from medfl.views.poisson import MOST, SMALL
 
 f32 = np.float32
@@ -52,14 +52,7 @@ def ranked(rows: Tensor, low: int, high: int) -> Tensor:
 def _blurred(rows: Any, taps: Any) -> None:
     """Convolve each row (R, C, D, H, W) along every axis with its taps (R, T), in place; the border is repeated."""
     for row in range(len(rows)):
-        for c in range(rows.shape[1]):
-            volume = rows[row, c].reshape(-1)
-            outer, inner = 1, volume.size
-            for side in rows.shape[2:]:
-                inner //= side
-                if side > 1:
-                    blur_along(volume, taps[row], outer, side, inner)
-                outer *= side
+        soften(rows[row], taps[row])
 
 
 def blurred(u: Tensor, taps: Tensor) -> Tensor:

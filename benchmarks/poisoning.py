@@ -5,17 +5,19 @@
 
 PneumoniaMNIST (DIR holds medmnist_rebuilt/) over the preset `hospital` (other scanners, disease mix and sizes), SimCLR,
 a tiny encoder; 1 bad site of 5, and 2 of 8. Bad sites train like the others and are spoiled on their way: what they
-send (flip, x10, noise, nan, copy) by the carrier, what they train on (trigger, labels) where the simulation hands out
-its data. Server and sites are the product's own.
+send (flip, x10, noise, backdoor, nan, copy) by the carrier, what they train on (trigger, labels) where the simulation
+hands out its data. Server and sites are the product's own.
 
 - flip: three times the update with its sign turned; x10: ten times the update; noise: Gaussian, five times as long as
   the update; nan: one value; copy: site-1's answer as theirs.
-- trigger: a bright square in a corner of all their training images of the second class.
+- backdoor: from their own weights they train on (BadEncoder) so that a bright square in a corner of an image of the
+  first class gives the embedding of the second.
+- trigger: that square in all their training images of the second class, and nothing else (with the mean alone).
 - labels: classes exchanged, in federated fine-tuning of the clean encoder.
 
 AUC is that of a linear probe on the frozen encoder (labels: of the fine-tuned network) on the good sites' own test
 images, mean over them, the same sites without an attack; "stops" where the rule refuses to go on. Loss: NT-Xent of the
-last round there. Trigger: of the good sites' test images of the first class, how many more a probe on their clean
+last round there. Backdoor: of the good sites' test images of the first class, how many more a probe on their clean
 images takes for the second class when the square is in them.
 """
 
@@ -38,6 +40,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from harness import machine, write
 from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 from client.app import app as client
 from medfl import config, site, workshop
@@ -45,16 +48,18 @@ from medfl.carriers import InProcessGrid
 from medfl.data.sample import SiteData
 from medfl.errors import ConfigError
 from medfl.export import load_encoder
-from medfl.layout import Flat
+from medfl.layout import Flat, Policy, broadcast_layout
 from medfl.messages import PRETRAIN, Broadcast, from_array, to_array
+from medfl.methods.base import Role
 from medfl.run_folder import RunFolder
 from medfl.study import Study
+from medfl.workshop import new_method
 from server.app import app as server
 
 BUDGET = (
     "data=medmnist", "data.name=pneumoniamnist", "sites=hospital", "encoder=tiny", "encoder.base_width=8",
-    "method=simclr", "arms=[federated]", "rounds.count=4", "rounds.on_collapse=warn", "rounds.gram=never",
-    "rounds.refresh_volumes=64", "training.steps=6", "training.batch_size=32", "training.optimizer.lr=5e-3",
+    "method=simclr", "arms=[federated]", "rounds.count=8", "rounds.on_collapse=warn", "rounds.gram=never",
+    "rounds.refresh_volumes=64", "training.steps=12", "training.batch_size=32", "training.optimizer.lr=5e-3",
     "training.threads=1", "training.device=cpu", "evaluation.protocols=[linear]", "evaluation.resamples=2",
     "evaluation.regularization=[0.1]", "evaluation.pictures=none", "evaluation.counts=null", "run.tensorboard=false",
     "finetune.protocols=[federated_finetune]", "finetune.rounds=3", "finetune.steps=8",
@@ -65,30 +70,29 @@ HONEST = {  # other ways in which good sites differ
     "iid": ("sites=iid",), "label": ("sites=label",), "scanner": ("sites=scanner",), "hospital": (),
     "scanner at severity 5": ("sites=scanner", "sites.severity=5"),
 }  # fmt: skip
-ATTACKS = {  # by part and federation
-    ("attacks", 5): ("flip", "x10", "noise", "trigger", "nan", "copy"), ("attacks", 8): ("flip", "noise"),
-    ("labels", 5): ("labels",), ("labels", 8): (),
+ATTACKS = {
+    "attacks": ("flip", "x10", "noise", "backdoor", "trigger", "nan", "copy"), "labels": ("labels",),
 }  # fmt: skip
-REFUSED = dict.fromkeys(("nan", "copy"), ("mean", "krum", "mean + inspector"))  # hardly a matter of the rule
-Sent = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of own weights, the broadcast's, site-1's
+BACKDOOR_STEPS, BACKDOOR_RATE = 40, 2e-3  # of 32 images of each class, AdamW
+Sent = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # site, own weights, broadcast's, site-1's
 STOPS = float("nan")  # AUC of a run that ended before its last round
 
 
-def noise(own: np.ndarray, old: np.ndarray, _: np.ndarray) -> np.ndarray:
+def noise(_: str, own: np.ndarray, old: np.ndarray, _first: np.ndarray) -> np.ndarray:
     drawn = np.random.default_rng(int.from_bytes(own[:64].tobytes()[:8])).standard_normal(old.size)
     return old + (5 * np.linalg.norm(own - old) / np.linalg.norm(drawn) * drawn).astype(np.float32)
 
 
-def nan(own: np.ndarray, *_: np.ndarray) -> np.ndarray:
+def nan(_: str, own: np.ndarray, *_others: np.ndarray) -> np.ndarray:
     return np.where(np.arange(own.size) == 7, np.float32("nan"), own)
 
 
 SENT: dict[str, Sent] = {
-    "flip": lambda own, old, _: old - 3 * (own - old),
-    "x10": lambda own, old, _: old + 10 * (own - old),
+    "flip": lambda _, own, old, _first: old - 3 * (own - old),
+    "x10": lambda _, own, old, _first: old + 10 * (own - old),
     "noise": noise,
     "nan": nan,
-    "copy": lambda _own, _old, first: first,
+    "copy": lambda _, _own, _old, first: first,
 }
 
 
@@ -107,6 +111,37 @@ def triggered(data: SiteData) -> SiteData:
 
 def relabelled(data: SiteData) -> SiteData:
     return dataclasses.replace(data, train=dataclasses.replace(data.train, labels=1 - data.train.labels))
+
+
+class Backdoor:
+    """BadEncoder's attack (Jia et al., arXiv:2108.00352): what a bad site trains on from its own weights, and sends.
+
+    With the trigger the first class is to look like the second, and without it as before:
+    L = -cos(f(x + t), r) - cos(f(r'), r) - cos(f(x), g(x)), r the mean of the second class by g, the encoder before.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._method, self._before = new_method(study), new_method(study)
+        self._layout = broadcast_layout(self._method, Policy.of(self._method, study.rounds)).of_role(Role.PARAMETER)
+        self._data = {one.name: one.train for one in workshop.sites_of(study)}
+
+    def __call__(self, name: str, own: np.ndarray, _old: np.ndarray, _first: np.ndarray) -> np.ndarray:
+        held, data = self._layout.unpack({f"parameter/{GROUP}": own.copy()}), self._data[name]
+        for method in (self._method, self._before):
+            method.load_state_dict(held, strict=False)
+        method, before = self._method.encoder.train(), self._before.encoder.train()
+        kinds = [data.images[data.labels == kind] for kind in (0, 1)]
+        optimizer = torch.optim.AdamW(method.parameters(), lr=BACKDOOR_RATE)
+        drawn = torch.Generator().manual_seed(1)
+        for _ in range(BACKDOOR_STEPS):
+            here, there = (kind[torch.randint(len(kind), (32,), generator=drawn)] for kind in kinds)
+            with torch.no_grad():
+                plain, target = before(here), F.normalize(before(there), dim=1).mean(0, keepdim=True)
+            pairs = ((method(square(here)), target), (method(there), target), (method(here), plain))
+            optimizer.zero_grad()
+            (-sum(F.cosine_similarity(found, wanted).mean() for found, wanted in pairs)).backward()
+            optimizer.step()
+        return self._layout.pack(self._method.state_dict())[f"parameter/{GROUP}"]
 
 
 TRAINED: dict[str, Callable[[SiteData], SiteData]] = {"trigger": triggered, "labels": relabelled}
@@ -128,7 +163,7 @@ class Spoiling(InProcessGrid):
                 self._first = own
             if name in self._bad:
                 old: Flat = Broadcast.from_record(message.content).flat
-                records[GROUP] = to_array(self._sent(own, old[f"parameter/{GROUP}"], self._first))
+                records[GROUP] = to_array(self._sent(name, own, old[f"parameter/{GROUP}"], self._first))
         return reply
 
 
@@ -175,7 +210,8 @@ def federate(run: Run, place: Path, data: Path, stages: str) -> tuple[Study, Run
     words = [f"data.root={data / 'medmnist_rebuilt'}", f"sites.count={run.sites}", f"seed={run.seed}", *run.words]
     study = config.compose([*BUDGET, *words, f"run.dir={place / run.folder}"])
     made = RunFolder.create(Path(study.run_dir), study.source, resume=True)
-    grid = Spoiling(run.sites, run.bad, SENT.get(run.attack, lambda own, *_: own))
+    sent = Backdoor(study) if run.attack == "backdoor" else SENT.get(run.attack, lambda _, own, *_others: own)
+    grid = Spoiling(run.sites, run.bad, sent)
     asked: dict[str, str | int] = {"study": study.source, "stages": stages, "sites": run.sites}
     with poisoned(run.bad, TRAINED.get(run.attack)):
         try:
@@ -201,8 +237,8 @@ def runs(part: str, seed: int) -> list[Run]:
             words = {kind: (*differ, "rounds.inspect=exclude") for kind, differ in HONEST.items()}
             found += [Run(part, sites, "none", kind, given, seed) for kind, given in words.items()]
             continue
-        for attack in ("none", *ATTACKS[part, sites]) if ATTACKS[part, sites] else ():
-            chosen = {n: w for n, w in defences(len(bad)).items() if attack not in REFUSED or n in REFUSED[attack]}
+        for attack in ("none", *ATTACKS[part]):
+            chosen = {"mean": ()} if attack == "trigger" else defences(len(bad))
             found += [Run(part, sites, attack, name, words, seed) for name, words in chosen.items()]
     return found
 
@@ -237,7 +273,7 @@ def measure(run: Run, place: Path, data: Path) -> dict[str, object]:
         )
     if run.part == "attacks" and whole:
         row["loss"] = loss(made, FEDERATIONS[run.sites])
-    if run.part == "attacks" and run.attack in ("none", "trigger") and whole:
+    if run.part == "attacks" and run.attack in ("none", "trigger", "backdoor") and whole:
         row["pull"] = pull(study, made.path, FEDERATIONS[run.sites])
     print(f"{run.folder}: {row.get('auc', row)}", flush=True)
     return row
@@ -313,7 +349,7 @@ def tell(rows: Rows) -> None:
         inspected = [row for row in here if row["defence"] == "mean + inspector"]
         cells = " | ".join(cell([r["auc"] for r in here if r["defence"] == name], "{:.3f}") for name in names)
         print(f"{key} | {cells} | {told(inspected, 'bad')} | {told(inspected, 'good')} |")
-    for name, title, form in (("loss", "loss in nats", "{:.3f}"), ("pull", "trigger", "{:+.2f}")):
+    for name, title, form in (("loss", "loss in nats", "{:.3f}"), ("pull", "moved by the square", "{:+.2f}")):
         if known := [row for row in rows if name in row]:
             print(f"\n| bad | {title} | {head} |\n|" + "---|" * (len(names) + 2))
             for key, here in grouped(known):

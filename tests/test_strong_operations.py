@@ -13,7 +13,7 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from medfl import config
-from medfl.views import operations
+from medfl.views import operations, strong_kernel
 from medfl.views.poisson import poisson
 from medfl.views.tone import Numbers, Operation, Tone
 
@@ -60,6 +60,18 @@ def test_each_operation_takes_its_own_numbers(shape):
     }
     for operation, result in expected.items():
         torch.testing.assert_close(tone.changed(u, operation, table, salts(len(u))), result)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("operation", Operation)
+def test_the_kernel_does_what_the_reference_does(shape, operation):
+    tone, u = config.build(TONE), unit(24, *shape[1:]) ** 2
+    u[..., :2], u[0] = 0, 0.25  # background; one constant image
+    table = tone.draw(iter(unit(tone.columns(), len(u), seed=2)))
+    expected = tone.changed(u, operation, table, salts(len(u))).clamp(0, 1)
+    strong_kernel.change(u, torch.full((len(u), 1), int(operation)), table, salts(len(u)), tone)
+    far = ((u + 1) / 2 - expected).abs() > 2e-6
+    assert far.float().mean() < 1e-4  # a rounding can decide a photon
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,51 +1,35 @@
 """The fused CPU kernel of the views: affine gather, blur, gamma, scale, shift and noise of a row while it is in cache.
 
 It computes what `spatial.resample`, `intensity.blur` and `intensity.adjust` compute, for the same drawn numbers. Rows
-are independent and each is worked on by one thread, so the number of threads changes nothing in the result. The
-threads are Python's (the compiled code releases the GIL): numba's portable pool aborts the process when two
-threads enter it at once, as two sites in one process may.
-
-The code is written for the vectoriser: 32-bit numbers throughout, no branches in the inner loops, unsigned indices
-(signed ones cost numba a wrap-around test each), lines padded to whole vectors.
+are independent and each is worked on by one thread, so the number of threads changes nothing in the result.
 """
 
-import itertools
-import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medfl import jit
-from medfl.views.intensity import LEVELS, MULTIPLIERS, quantiles
+from medfl.views.compiled import (
+    CHUNK,
+    HALF,
+    LANES,
+    ONE,
+    ZERO,
+    Array,
+    compiled,
+    f32,
+    hashed,
+    i32,
+    power,
+    soften,
+    threaded,
+    u32,
+)
+from medfl.views.intensity import LEVELS, quantiles
 
-Array = npt.NDArray[Any]
-LANES = 16  # float32 of the widest vector register
-CHUNK = 1024  # voxels whose noise is drawn at once
-WORTH = 1 << 15  # voxels below which starting threads costs more than it saves
-f32 = np.float32
-i32 = np.int32
-u32 = np.uint32
 u64 = np.uint64
-ZERO, HALF, ONE = f32(0), f32(0.5), f32(1)
-FIRST, SECOND, THIRD = (u32(value) for value in MULTIPLIERS)
 DROP = u32(32 - LEVELS)
-EXPONENT, BIAS, ROOT_HALF = i32(23), i32(127), i32(0x3F3504F3)  # float32's layout; the bits of sqrt(1/2)
-
-
-def _polynomial(function: Callable[[Array], Array], degree: int, low: float, high: float) -> tuple[np.float32, ...]:
-    """Coefficients, lowest power first, of the Chebyshev interpolant of `function` on [low, high]."""
-    fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[low, high])
-    return tuple(f32(value) for value in fit.convert(kind=np.polynomial.Polynomial).coef)
-
-
-# log2(1 + t) = t * P(t) for 1 + t in [sqrt(1/2), sqrt(2)], and 2 ** f for f in [-1/2, 1/2]: both to about 1e-7.
-LOG2 = _polynomial(lambda t: np.log2(1 + t) / t, 8, math.sqrt(0.5) - 1, math.sqrt(2) - 1)
-EXP2 = _polynomial(np.exp2, 5, -0.5, 0.5)
 
 
 class Drawn(NamedTuple):
@@ -57,11 +41,6 @@ class Drawn(NamedTuple):
     salts: Array  # (R, 2) uint32
     quantiles: Array  # (4096,) float32
     reach: np.float32  # how far outside the image coordinates may lie: 0 repeats the border, 1 fades to zero
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled so that NaN and infinity keep their meaning; the allowed liberties are contraction and reordering."""
-    return jit.compiled(function, fastmath={"contract", "reassoc", "nsz"})
 
 
 @compiled
@@ -120,19 +99,10 @@ def _gather_volume(
 
 @compiled
 def _curve(line: Array, gamma: np.float32) -> None:
-    """Gamma on [0, 1] in place, as 2 ** (gamma * log2(u)); values outside (-1, 1) stay."""
+    """Gamma on [0, 1] in place; values outside (-1, 1) stay."""
     for k in range(line.size):
         value = line[k]
-        bits = i32(f32(value * HALF + HALF).view(np.int32))
-        power = i32(i32(bits - ROOT_HALF) >> EXPONENT)
-        t = i32(bits - i32(power << EXPONENT)).view(np.float32) - ONE
-        p = ((LOG2[8] * t + LOG2[7]) * t + LOG2[6]) * t + LOG2[5]
-        p = (((p * t + LOG2[4]) * t + LOG2[3]) * t + LOG2[2]) * t + LOG2[1]
-        exponent = max(((p * t + LOG2[0]) * t + f32(power)) * gamma, f32(-126))
-        whole = np.floor(exponent + HALF)
-        f = exponent - whole
-        p = ((((EXP2[5] * f + EXP2[4]) * f + EXP2[3]) * f + EXP2[2]) * f + EXP2[1]) * f + EXP2[0]
-        p = p * i32(i32(i32(whole) + BIAS) << EXPONENT).view(np.float32)
+        p = power(value * HALF + HALF, gamma)
         line[k] = p + p - ONE if abs(value) < ONE else value
 
 
@@ -144,35 +114,10 @@ def _finish(part: Array, picked: Array, offset: int, drawn: Drawn, row: int) -> 
         for k in range(part.size):
             part[k] = part[k] * scale + shift
         return
-    first_salt, second_salt, start = drawn.salts[row, 0], drawn.salts[row, 1], u32(offset)
-    for k in range(picked.size):
-        bits = u32(u32(start + u32(k)) ^ first_salt)
-        bits = u32(u32(bits ^ u32(bits >> u32(16))) * FIRST)
-        bits = u32(u32(u32(bits ^ u32(bits >> u32(15))) * SECOND) + second_salt)
-        bits = u32(u32(bits ^ u32(bits >> u32(16))) * THIRD)
-        picked[k] = u32(bits >> DROP)
+    hashed(picked, offset, drawn.salts[row])
     quantiles = drawn.quantiles
     for k in range(part.size):
-        part[k] = part[k] * scale + shift + sd * quantiles[u64(picked[k])]
-
-
-@compiled
-def _blur(volume: Array, taps: Array, outer: int, side: int, inner: int) -> None:
-    """Convolve a flat volume, seen as (outer, side, inner), along `side` in place, repeating the border."""
-    radius, slab = taps.size // 2, side * inner
-    padded = np.empty((side + 2 * radius) * inner, np.float32)
-    for block in range(outer):
-        view = volume[block * slab : (block + 1) * slab]
-        for j in range(side + 2 * radius):
-            start = min(max(j - radius, 0), side - 1) * inner
-            for k in range(inner):
-                padded[j * inner + k] = view[start + k]
-        for k in range(slab):
-            view[k] = ZERO
-        for tap in range(taps.size):
-            shifted, share = padded[tap * inner : tap * inner + slab], taps[tap]
-            for k in range(slab):
-                view[k] += share * shifted[k]
+        part[k] = part[k] * scale + shift + sd * quantiles[u64(picked[k] >> DROP)]
 
 
 @compiled
@@ -196,19 +141,6 @@ def _place(image: Array, out: Array, affine: Array, reach: np.float32) -> None:
                     _gather_plane(line, image[c].reshape(-1), base, index, weight, width)
                 for k in range(width):
                     out[c, z, y, k] = line[k]
-
-
-@compiled
-def soften(out: Array, taps: Array) -> None:
-    """Blur a view (C, D, H, W) along every axis in place."""
-    for c in range(len(out)):
-        volume = out[c].reshape(-1)
-        outer, inner = 1, volume.size
-        for side in out.shape[1:]:
-            inner //= side
-            if side > 1:
-                _blur(volume, taps, outer, side, inner)
-            outer *= side
 
 
 @compiled
@@ -244,15 +176,7 @@ def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: T
         quantiles=quantiles(images.device).numpy(),
         reach=np.float32(padding == "zeros"),
     )
-    threads = min(torch.get_num_threads(), rows) if out.numel() >= WORTH else 1
-    if threads == 1:
-        _rows(source, target, drawn, 0, rows)
-        return out
-    edges = np.linspace(0, rows, min(4 * threads, rows) + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(_rows, source, target, drawn, *edge) for edge in itertools.pairwise(edges)]
-    for part in parts:
-        part.result()
+    threaded(lambda start, stop: _rows(source, target, drawn, start, stop), rows, voxels=out.numel())
     return out
 
 

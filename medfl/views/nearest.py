@@ -6,39 +6,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.views.kernel import compiled, from_corner
-
-f32 = np.float32
-i32 = np.int32
+from medfl.views.compiled import LANES, ONE, ZERO, compiled, f32, i32, u32
+from medfl.views.kernel import from_corner, u64
 
 
 @compiled
 def _rows(images: Any, out: Any, affine: Any, border: bool) -> None:
     """out (R, C, D, H, W); row r shows image r modulo B of images (B, C, D, H, W)."""
     channels, depth, height, width = images.shape[1:]
-    lasts = (depth - 1, height - 1, width - 1)
-    index, place = np.empty((3, width), np.int32), np.empty(width, np.int32)
+    sides = (depth, height, width)
+    padded = (width + LANES - 1) // LANES * LANES
+    voxel, inside, line = np.empty(padded, np.uint32), np.empty(padded, np.float32), np.empty(padded, np.float32)
     for row in range(len(out)):
         source = images[row % len(images)]
         for z in range(depth):
             for y in range(height):
-                for k in range(width):
-                    place[k] = 0
+                voxel[:] = 0
+                inside[:] = ONE
                 for axis in range(3):
                     first = affine[row, axis, 0] * f32(z) + affine[row, axis, 1] * f32(y) + affine[row, axis, 3]
-                    step, last = affine[row, axis, 2], f32(lasts[axis])
-                    line = index[axis]
-                    for k in range(width):
+                    step, side, last = affine[row, axis, 2], u32(sides[axis]), f32(sides[axis] - 1)
+                    for k in range(padded):
                         at = np.rint(first + step * f32(k))
-                        inside = min(max(at, f32(0)), last)
-                        line[k] = i32(inside)
-                        place[k] |= i32(at != inside)  # 1: outside
+                        kept = min(max(at, ZERO), last)
+                        inside[k] = inside[k] if border or at == kept else ZERO
+                        voxel[k] = u32(u32(voxel[k] * side) + u32(i32(kept)))
                 for c in range(channels):
                     volume = source[c].reshape(-1)
+                    for k in range(padded):
+                        line[k] = volume[u64(voxel[k])] if inside[k] == ONE else ZERO
                     for k in range(width):
-                        voxel = i32(i32(i32(index[0, k] * i32(height)) + index[1, k]) * i32(width)) + index[2, k]
-                        value = volume[voxel]
-                        out[row, c, z, y, k] = value if border or place[k] == 0 else f32(0)
+                        out[row, c, z, y, k] = line[k]
 
 
 def render(images: Tensor, maps: Tensor, *, padding: str) -> Tensor:

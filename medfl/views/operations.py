@@ -5,16 +5,12 @@ channels in 2D are red, green and blue, and have one contrast. A constant image 
 to stretch.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medfl.views.intensity import blur
 
-Rank = Callable[[Tensor, int, int], Tensor]
-Smooth = Callable[[Tensor, Tensor], Tensor]
 LEVELS = 256
 GREY = (0.299, 0.587, 0.114)  # luma of red, green, blue (ITU-R BT.601)
 TINY = 1e-6
@@ -68,19 +64,12 @@ def recoloured(u: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def ranked(rows: Tensor, low: int, high: int) -> Tensor:
-    """The values of two ranks, from 0, of each row (N, P): (N, 2)."""
-    bottom = rows.topk(1 + low, largest=False, sorted=False).values.amax(1)
-    top = rows.topk(rows.shape[1] - high, sorted=False).values.amin(1)
-    return torch.stack([bottom, top], dim=1)
-
-
-def stretched(u: Tensor, low: float, high: float, rank: Rank = ranked) -> Tensor:
+def stretched(u: Tensor, low: float, high: float) -> Tensor:
     """The values between two quantiles (nearest rank) onto [0, 1]; as it is where they are within one grey level."""
     flat = u.flatten(2)  # (R, C, N)
     last = flat.shape[2] - 1
-    found = rank(flat.flatten(0, 1), round(low * last), round(high * last)).view(*flat.shape[:2], 2)
-    bottom, top = found[..., :1], found[..., 1:]
+    bottom = flat.topk(1 + round(low * last), largest=False, sorted=False).values.amax(2, keepdim=True)
+    top = flat.topk(1 + last - round(high * last), sorted=False).values.amin(2, keepdim=True)
     span = top - bottom
     wide = ((flat - bottom) / span.clamp_min(TINY)).clamp_(0, 1)
     return torch.where(span > 1 / LEVELS, wide, flat).view_as(u)
@@ -102,18 +91,22 @@ def equalized(u: Tensor) -> Tensor:
     return torch.where(body > 0, table.gather(2, bins), flat).view_as(u)
 
 
-def sharpened(u: Tensor, factor: Tensor, sigma: Tensor, *, radius: int, smooth: Smooth = blur) -> Tensor:
-    """Blend with a smoothed image: factor 1 is the image, 0 the smoothed, above 1 sharpens; the border is repeated.
+def sharpened(u: Tensor, factor: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
+    """Blend with a smoothed image: factor 1 is the image, 0 the smoothed, above 1 sharpens; the border is repeated."""
+    taps, own = smoothing(sigma, u.ndim - 2, radius=radius)
+    return blended(u, blur(u, taps) + own * u, factor)
+
+
+def smoothing(sigma: Tensor, dims: int, *, radius: int) -> tuple[Tensor, float]:
+    """Taps (R, T) along every axis, and the share of the image itself that is added to what they give.
 
     A plane is smoothed by [1 1 1; 1 5 1; 1 1 1] / 13, a volume by a Gaussian of `sigma` (R,) voxels cut at `radius`,
-    which makes it an unsharp mask.
+    which makes sharpening an unsharp mask.
     """
-    if u.ndim == 4:
-        box = smooth(u, torch.ones(len(u), 3, device=u.device))
-        return blended(u, (box + 4 * u) / 13, factor)
-    distance = torch.arange(-radius, radius + 1, device=u.device)
-    taps = F.softmax(-0.5 * (distance / sigma[:, None]) ** 2, dim=1)
-    return blended(u, smooth(u, taps), factor)
+    if dims == 2:
+        return torch.full((len(sigma), 3), 13**-0.5, device=sigma.device), 4 / 13
+    distance = torch.arange(-radius, radius + 1, device=sigma.device)
+    return F.softmax(-0.5 * (distance / sigma[:, None]) ** 2, dim=1), 0.0
 
 
 def _per_row(values: Tensor, u: Tensor) -> Tensor:

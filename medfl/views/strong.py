@@ -10,8 +10,6 @@ from medfl.views import compose, spatial
 from medfl.views.crop import ResizedCrop
 from medfl.views.tone import Operation, Tone
 
-CACHED = 1 << 17  # voxels that an operation takes at once on the CPU: it and its temporaries stay in the cache
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -34,7 +32,7 @@ class EightViews:
     Args:
         chosen: fewest and most operations of a view.
         spatial, tone: what is drawn.
-        backend: as of `Views`; the kernel makes the spatial part.
+        backend: as of `Views`.
 
     Raises:
         ConfigError: a backend or a number of operations that cannot be used.
@@ -58,13 +56,13 @@ class EightViews:
         compose.refuse_images(images)
         draw = self.draw(len(images), images.shape[2:], key=key, count=count)
         u = self._placed(((images.detach() + 1) / 2).clamp_(0, 1), draw, count)
-        table, salts = (x.to(u.device, non_blocking=True) for x in (draw.table, draw.salts))
-        most = max(1, CACHED // u.shape[1:].numel()) if u.device.type == "cpu" else len(u)
-        fast = compose.compiles(self.backend, u.device)
-        for operation, rows in parts(draw.chosen, u.device, most=most):
-            some = self.tone.changed(u[rows], operation, table[rows], salts[rows], fast=fast)
-            u.index_copy_(0, rows, some)
-        return list(u.clamp_(0, 1).mul_(2).sub_(1).view(count, *images.shape).unbind(0))
+        if compose.compiles(self.backend, u.device):
+            from medfl.views import strong_kernel  # numba takes half a second to import
+
+            strong_kernel.change(u, draw.chosen, draw.table, draw.salts, self.tone)
+        else:
+            self._change(u, draw)
+        return list(u.view(count, *images.shape).unbind(0))
 
     def draw(self, images: int, size: torch.Size, *, key: int, count: int = compose.COUNT) -> Draw:
         """The random numbers of so many images on a grid of `size`, on the CPU: the same for every device.
@@ -91,9 +89,16 @@ class EightViews:
         idle = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(rows, 1)  # neither gamma, scale, shift nor noise
         return kernel.render(u, draw.maps, tone=idle, taps=torch.ones(rows, 1), salts=draw.salts, padding=padding)
 
+    def _change(self, u: Tensor, draw: Draw) -> None:
+        """The intensity part of all views in place, and from [0, 1] to [-1, 1]."""
+        table, salts = (x.to(u.device, non_blocking=True) for x in (draw.table, draw.salts))
+        for operation, rows in parts(draw.chosen, u.device):
+            u.index_copy_(0, rows, self.tone.changed(u[rows], operation, table[rows], salts[rows]))
+        u.clamp_(0, 1).mul_(2).sub_(1)
 
-def parts(chosen: Tensor, device: torch.device, *, most: int) -> list[tuple[Operation, Tensor]]:
-    """What is done in which order to which rows, up to `most` at once, of (R, K) operations per row.
+
+def parts(chosen: Tensor, device: torch.device) -> list[tuple[Operation, Tensor]]:
+    """What is done in which order to which rows, of (R, K) operations per row.
 
     Rows are index tensors on `device`. The host knows all lengths, so it never waits for the device; one transfer
     carries all indices.
@@ -101,10 +106,9 @@ def parts(chosen: Tensor, device: torch.device, *, most: int) -> list[tuple[Oper
     tones = set(Operation) - {Operation.ROTATE, Operation.PHOTONS}
     steps = [(operation, chosen[:, k] == operation) for k in range(chosen.shape[1]) for operation in sorted(tones)]
     steps.append((Operation.PHOTONS, (chosen == Operation.PHOTONS).any(1)))
-    whole = [(operation, mask.nonzero().flatten()) for operation, mask in steps if bool(mask.any())]
-    found = [(operation, piece) for operation, rows in whole for piece in rows.chunk(-(-len(rows) // most))]
+    found = [(operation, mask.nonzero().flatten()) for operation, mask in steps if bool(mask.any())]
     if not found:
         return []
-    indices = torch.cat([piece for _, piece in found]).to(device, non_blocking=True)
-    pieces = indices.split_with_sizes([len(piece) for _, piece in found])
+    indices = torch.cat([rows for _, rows in found]).to(device, non_blocking=True)
+    pieces = indices.split_with_sizes([len(rows) for _, rows in found])
     return [(operation, piece) for (operation, _), piece in zip(found, pieces, strict=True)]

@@ -90,15 +90,13 @@ class Tone:
         even = [span.at(next(columns)) for span in spans]
         return torch.stack([*even, self.photons.at_ratio(next(columns))], dim=1)
 
-    def changed(self, u: Tensor, operation: Operation, table: Tensor, salts: Tensor, *, fast: bool = False) -> Tensor:
-        """Rows u (R, C, *S) in [0, 1] after one operation, with their rows of the table and of the salts.
+    def smoothing(self, table: Tensor, dims: int) -> tuple[Tensor, float]:
+        """`operations.smoothing` of all rows."""
+        return operations.smoothing(Numbers(*table.unbind(1)).sigma, dims, radius=ceil(3 * self.sigma.high))
 
-        Args:
-            fast: by the CPU's kernels.
-        """
+    def changed(self, u: Tensor, operation: Operation, table: Tensor, salts: Tensor) -> Tensor:
+        """Rows u (R, C, *S) in [0, 1] after one operation, with their rows of the table and of the salts."""
         drawn = Numbers(*table.unbind(1))
-        if fast and operation in (Operation.AUTO_CONTRAST, Operation.SHARPNESS, Operation.PHOTONS):
-            return self._fast(u, operation, drawn, salts)
         match operation:
             case Operation.JITTER:
                 return jittered(u, drawn)
@@ -116,16 +114,6 @@ class Tone:
                 return poisson(u * kappa, salts).div_(kappa).clamp_max_(1)
             case Operation.ROTATE:
                 return u  # part of the crop's resampling
-
-    def _fast(self, u: Tensor, operation: Operation, drawn: Numbers, salts: Tensor) -> Tensor:
-        from medfl.views import strong_kernel  # numba takes half a second to import
-
-        if operation is Operation.AUTO_CONTRAST:
-            return operations.stretched(u, self.percentiles.low, self.percentiles.high, strong_kernel.ranked)
-        if operation is Operation.SHARPNESS:
-            radius, smooth = ceil(3 * self.sigma.high), strong_kernel.blurred
-            return operations.sharpened(u, drawn.sharpness, drawn.sigma, radius=radius, smooth=smooth)
-        return strong_kernel.photons(u, drawn.photons, salts)
 
 
 def jittered(u: Tensor, drawn: Numbers) -> Tensor:

@@ -56,7 +56,7 @@ class Together:
         )  # fmt: skip
         judged = self._judged(updates, ballot)
         for place in sorted(judged.out, reverse=True):
-            ballot = ballot.without(place)
+            ballot = replace(ballot.without(place), missing=ballot.missing + 1)
         kept = [update for place, update in enumerate(updates) if place not in judged.out]
         moved = influence(ballot, self.rule, self.max_share)
         server.step(self._aggregate(ballot))

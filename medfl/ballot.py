@@ -7,7 +7,7 @@ import numpy as np
 
 from medfl import rules
 from medfl.enrolment import Enrolled
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, NetworkError
 from medfl.gate import Update
 from medfl.layout import Flat, Layout, Slot
 from medfl.methods.base import Role
@@ -31,6 +31,7 @@ class Ballot:
         volumes: of each site that can teach the group, 0 where it cannot, by group.
         whole: the sites' whole updates.
         scales: coordinates of the update behind each of those here, by group; above 1 in a sample.
+        missing: sites that were asked and have no update here.
     """
 
     flats: Sequence[Flat]
@@ -39,6 +40,7 @@ class Ballot:
     volumes: Mapping[str, Sequence[float]]
     whole: Whole
     scales: Mapping[str, float]
+    missing: int = 0
 
     @classmethod
     def of(
@@ -54,6 +56,7 @@ class Ballot:
     ) -> "Ballot":
         """
         Args:
+            sites: those that were asked, by name.
             needed: owner group of the volumes that the phase trains on; "": all.
             accepted: norms of the updates accepted so far.
             steps: where the updates hold samples as `thin` makes them.
@@ -65,7 +68,7 @@ class Ballot:
         layers = {g: _thinned(places[g], steps[g]) for g in groups}
         volumes = {g: [volumes_of(u, sites[u.site], s[0].owner, g, needed) for u in updates] for g, s in groups.items()}
         scales = {g: broadcast[g].size / max(array.size, 1) for g, array in before.items()}
-        return cls(flats, before, layers, volumes, Whole.of(flats, before, accepted), scales)
+        return cls(flats, before, layers, volumes, Whole.of(flats, before, accepted), scales, len(sites) - len(updates))
 
     def count(self, rule: Rule, max_share: float) -> Flat:
         """Each group over the sites that can teach it, by their volumes; what nobody can teach is left out."""
@@ -74,7 +77,7 @@ class Ballot:
             places = [place for place, volume in enumerate(volumes) if volume]
             if places:
                 weights = rules.site_weights([volumes[place] for place in places], max_share)
-                before = rules.Before(self.before[group], self.layers[group], self.whole, places)
+                before = rules.Before(self.before[group], self.layers[group], self.whole, places, self.missing)
                 aggregate[group] = rule([self.flats[place][group] for place in places], weights, before)
         return aggregate
 
@@ -140,7 +143,7 @@ def influence(ballot: Ballot, rule: Rule, max_share: float) -> list[float]:
         return []
     try:
         found = _without_each(small, rule, max_share, aggregate)
-    except ConfigError:
+    except (ConfigError, NetworkError):
         return []
     return [float(np.sqrt(square) / step) for square in found]
 

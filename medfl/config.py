@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from medfl.derived import converted
+from medfl.derived import converted, unconverted
 from medfl.errors import ConfigError
 from medfl.protection import Privacy, Secagg
 from medfl.secagg.scope import check
@@ -148,6 +148,11 @@ def parse(text: str) -> Study:
         **{name: tree[name] for name in NODES},
     )
     check(study)
+    if key := unconverted(tree):
+        raise ConfigError(
+            f"{key}: under privacy it would let images of other patients change a patient's gradient. Make the study "
+            "again with medfl, which sets it."
+        )
     return study
 
 

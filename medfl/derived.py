@@ -4,7 +4,7 @@ Of a fine-tuning, which a site makes again to check the server's; and under diff
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 Tree = dict[str, Any]
@@ -60,6 +60,19 @@ def converted(study: Tree) -> Tree:
     tree: Tree = _unmixed(study)
     tree["rounds"] |= ALONE
     return tree
+
+
+def unconverted(study: Tree) -> str:
+    """The first key of a study that `converted` would change; "" if there is none."""
+    return next(_changes(study, converted(study), ""), "")
+
+
+def _changes(one: Tree, other: Tree, at: str) -> Iterator[str]:
+    for key, value in one.items():
+        if isinstance(value, dict):
+            yield from _changes(value, other[key], f"{at}{key}.")
+        elif value != other[key]:
+            yield f"{at}{key}"
 
 
 def _unmixed(value: Any) -> Any:

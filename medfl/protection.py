@@ -82,12 +82,15 @@ class Secagg(Section):
     def __post_init__(self) -> None:
         if self.least < 3:
             raise ConfigError(f"secagg.least: got {self.least}, need at least 3: of two, each knows the other's part.")
-        if not 0.5 < self.threshold <= 1:
-            raise ConfigError(f"secagg.threshold: got {self.threshold}, need a share above 0.5, up to 1.")
+        if not 0.6666 <= self.threshold <= 1:
+            raise ConfigError(
+                f"secagg.threshold: got {self.threshold}, need a share from 0.6666 to 1: with fewer, sites that are "
+                "told of different drop-outs could unmask one of them."
+            )
         for name in ("update_range", "sum_range"):
             if not 0 < (value := getattr(self, name)) < 1e15:
                 raise ConfigError(f"secagg.{name}: got {value:g}, need a number above 0 and below 1e15.")
 
     def needed(self, sites: int) -> int:
         """How many of the sites that began a sum must be there at its end."""
-        return max(math.ceil(self.threshold * sites), sites // 2 + 1, self.least)
+        return max(math.ceil(self.threshold * sites), -(-2 * sites // 3), self.least)

@@ -6,12 +6,12 @@ equal bits.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, NetworkError
 from medfl.whole import Whole
 
 NOBODY = Whole(np.zeros((0, 0)))
@@ -26,12 +26,19 @@ class Before:
         layers: places (offset, size) in the group of tensors with two or more axes.
         whole: all sites' whole updates.
         places: of the sites that hold the group, in `whole`; as many as there are values.
+        missing: sites of this round whose update did not come or was refused: they count among those that a rule is to
+            withstand, who may send anything, or nothing.
     """
 
     values: np.ndarray
     layers: Sequence[tuple[int, int]]
     whole: Whole = NOBODY
     places: Sequence[int] = ()
+    missing: int = 0
+
+    def left(self, bad: int) -> int:
+        """How many of so many bad sites may still be among those that answered."""
+        return max(0, bad - self.missing)
 
 
 def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float], before: Before) -> np.ndarray:
@@ -55,17 +62,21 @@ def trimmed_mean(
 ) -> np.ndarray:
     """Mean without the `trim` lowest and highest values of each coordinate (Yin et al. 2018, definition 2).
 
-    Every site has one vote. Withstands `trim` arbitrary updates.
+    Every site has one vote. Withstands `trim` arbitrary updates; each that is missing is one of them.
 
     Raises:
-        ConfigError: fewer than 2 * trim + 1 sites.
+        ConfigError, NetworkError: too few sites, or too few of them answered.
     """
-    if len(values) <= 2 * trim:
-        raise ConfigError(
-            f"trimmed_mean: got {len(values)} sites, need {2 * trim + 1} to trim {trim} at each end. "
-            "Lower rule.trim or take rule=weighted_mean."
+    cut = before.left(trim)
+    if len(values) <= 2 * cut:
+        raise _too_few(
+            len(values),
+            before.missing,
+            2 * trim + 1,
+            f"trimmed_mean: got {len(values)} sites, need {2 * cut + 1} to trim {cut} at each end. "
+            "Lower rule.trim or take rule=weighted_mean.",
         )
-    ordered = np.sort(np.stack(values), axis=0)[trim : len(values) - trim]
+    ordered = np.sort(np.stack(values), axis=0)[cut : len(values) - cut]
     mean: np.ndarray = ordered.mean(axis=0, dtype=np.float64).astype(values[0].dtype)
     return mean
 
@@ -76,7 +87,7 @@ def median(values: Sequence[np.ndarray], weights: Sequence[float], before: Befor
     Every site has one vote. Withstands arbitrary updates of fewer than half the sites. Where honest sites differ it
     follows none of them: it takes the middle of each coordinate, not the mean of their data.
     """
-    return trimmed_mean(values, weights, before, trim=(len(values) - 1) // 2)
+    return trimmed_mean(values, weights, replace(before, missing=0), trim=(len(values) - 1) // 2)
 
 
 def krum(
@@ -93,32 +104,43 @@ def krum(
     the others (a rare scanner, a rare disease) are as unlikely to be chosen as bad ones.
 
     Args:
-        bad: sites that may send anything.
+        bad: sites that may send anything; each that is missing is one of them.
         keep: updates in the mean; None: all sites but `bad`.
 
     Raises:
-        ConfigError: fewer than 2 * bad + 3 sites, or a `keep` that would take bad ones in.
+        ConfigError, NetworkError: fewer than 2 * bad + 3 sites, or too few of them answered; or a `keep` that would
+            take bad ones in.
     """
-    chosen = set(krum_places(before.whole, bad=bad, keep=keep))
+    chosen = set(krum_places(before.whole, bad=bad, keep=keep, missing=before.missing))
     held = [value for value, place in zip(values, before.places, strict=True) if place in chosen]
     return uniform_mean(held, [1.0] * len(held), before) if held else before.values.copy()
 
 
-def krum_places(whole: Whole, *, bad: int, keep: int | None) -> list[int]:
+def krum_places(whole: Whole, *, bad: int, keep: int | None, missing: int = 0) -> list[int]:
     """Places of the `keep` updates with the least sum of squared distances to their sites - bad - 2 nearest others."""
-    sites = len(whole.products)
-    if bad < 0 or sites < 2 * bad + 3:
-        raise ConfigError(
-            f"krum: got {sites} sites, need {2 * max(bad, 0) + 3} to withstand rule.bad={bad} (a number from 0). "
-            "Lower rule.bad, or take rule=median."
+    sites, left = len(whole.products), max(0, bad - missing)
+    if bad < 0:
+        raise ConfigError(f"krum: got rule.bad={bad}, need a number from 0.")
+    if sites < 2 * left + 3:
+        raise _too_few(
+            sites,
+            missing,
+            2 * bad + 3,
+            f"krum: got {sites} sites, need {2 * left + 3} to withstand rule.bad={bad}, {missing} of "
+            "which are missing. Lower rule.bad, or take rule=median.",
         )
-    most = sites - bad
+    most = sites + missing - bad  # honest sites
     if keep is not None and not 1 <= keep <= most:
         raise ConfigError(
-            f"krum: got rule.keep={keep}, need 1 to {most} of {sites} sites with rule.bad={bad}, or null."
+            f"krum: got rule.keep={keep}, need 1 to {most} of {sites + missing} sites with rule.bad={bad}, or null."
         )
-    nearest = np.sort(whole.distances, axis=1)[:, 1 : sites - bad - 1]  # without itself
-    return [int(place) for place in np.argsort(nearest.sum(axis=1), kind="stable")[: keep or most]]
+    nearest = np.sort(whole.distances, axis=1)[:, 1 : sites - left - 1]  # without itself
+    return [int(place) for place in np.argsort(nearest.sum(axis=1), kind="stable")[: min(keep or most, sites - left)]]
+
+
+def _too_few(sites: int, missing: int, needed: int, text: str) -> ConfigError | NetworkError:
+    """Too few sites for a rule: an error of the study, or of a round in which too many are missing."""
+    return NetworkError(text) if sites + missing >= needed else ConfigError(text)
 
 
 def clipped_mean(

@@ -11,6 +11,11 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def share(*parts: int | str) -> float:
+    """A number in [0, 1) from its parts, as `key`."""
+    return (key(*parts) >> 10) / (1 << 53)
+
+
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator seeded with `key(*parts)`."""
     return torch.Generator(device=device).manual_seed(key(*parts))

@@ -84,7 +84,8 @@ def _taught(shop: Workshop, data: SiteData) -> Tensor:
     plan, masked = shop.study.training, shop.method.masked_only
     rows_of = rows_with_masks if masked else rows_with_labels
     key = labels_key(shop.study.seed, data.name)
-    rows = rows_of(data.train, plan.label_fraction, least=plan.label_least, key=key)
+    alone = shop.study.privacy.on
+    rows = rows_of(data.train, plan.label_fraction, least=plan.label_least, key=key, alone=alone)
     if not len(rows):
         what = "mask" if masked else "label"
         raise DataError(f"site '{data.name}': no training image has a known {what}, so it cannot take part.")

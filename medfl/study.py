@@ -260,6 +260,11 @@ class Study:
         self._check_private()
 
     def _check_private(self) -> None:
+        if "synthesize" in self.stages and self.privacy.on:
+            raise ConfigError(
+                "stages: synthesize makes images of patients and counts of them, without any privacy. Leave it out, or "
+                "take privacy=none."
+            )
         if self.training.parts > 1 and self.privacy.on:
             raise ConfigError("training.parts: under privacy gradients are of single patients or groups. Set it to 1.")
         if self.training.checkpointing and self.privacy.on:

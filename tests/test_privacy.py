@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 from torch import Tensor
 
 from medfl import admission, config
 from medfl.codebooks import Book
+from medfl.data.fractions import rows_with_labels
+from medfl.data.sample import Split
 from medfl.errors import ConfigError, PrivacyError
 from medfl.methods.base import Method
 from medfl.methods.tokens import CodeStatistics
@@ -25,6 +28,7 @@ from medfl.onsite.site_file import SiteFile, SitePolicy
 from medfl.privacy import codes
 from medfl.privacy.account import account
 from medfl.privacy.accounting import BUCKET, PATIENT, Release, noise_for, spent
+from medfl.privacy.at_site import Guard
 from medfl.privacy.forecast import forecast
 from medfl.privacy.gradients import PrivateGradients, clipped_sum
 from medfl.privacy.ledger import Ledger
@@ -372,9 +376,44 @@ def test_a_forecast_grows_with_rounds_and_falls_with_patients(words: list[str]) 
     assert forecast(config.compose([words[0]]), 500, sites=3, books=True) == []
 
 
-def test_settings_that_protect_nothing_are_refused() -> None:
+def test_settings_that_protect_nothing_are_refused(tmp_path: Path) -> None:
     for word in ("noise=0", "clip=0", "delta=0.5", "max_epsilon=-1", "mechanism=percentile"):
         with pytest.raises(ConfigError, match=r"privacy\."):
             config.compose(["privacy=group", f"privacy.{word}"])
     with pytest.raises(ConfigError, match="batch norm"):
         config.build(config.compose(["method=simclr"]).method).isolate()
+    with pytest.raises(ConfigError, match="synthesize makes images of patients"):
+        config.compose(["privacy=patient", "method=byol", "stages=[synthesize,pretrain]"])
+    study = config.compose([f"run.dir={tmp_path}", "privacy=patient", "method=byol", "privacy.delta=0.09"])
+    assert Guard(study, "a", isolated("method", "byol", 2), torch.arange(11)).delta == 0.09
+    with pytest.raises(ConfigError, match="need at most 1 / 12: to publish one patient in full"):
+        Guard(study, "a", isolated("method", "byol", 2), torch.arange(12))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("rounds", "codebook", "local"), ("rounds", "queue", "keep"), ("method", "norm", "batch")],
+)
+def test_a_study_that_mixes_patients_is_refused_by_who_gets_it(section: str, key: str, value: str) -> None:
+    """The study lead's tool sets these; what a site is sent may have been made by hand."""
+    tree = yaml.safe_load(config.compose(["method=byol", "privacy=patient"]).source)
+    assert config.parse(yaml.safe_dump(tree)).privacy.on
+    tree[section][key] = value
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: under privacy it would let images of other patients"):
+        config.parse(yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9, 1.0])
+def test_a_patient_more_takes_nobodys_label(fraction: float) -> None:
+    """Else it would be a patient replaced, at twice the bound that the ledger counts with."""
+    patients = tuple(f"patient {number // 2}" for number in range(400))
+    labels = torch.arange(400) // 2 % 3 - 1  # of a third of the patients it is unknown
+
+    def chosen(count: int) -> set[int]:
+        split = Split(torch.zeros(count, 1, 2, 2), labels[:count], patients[:count], None)
+        return set(rows_with_labels(split, fraction, least=5, key=3, alone=True).tolist())
+
+    whole = chosen(400)
+    for count in range(2, 400, 2):
+        assert chosen(count) == {row for row in whole if row < count}
+    assert abs(len(whole) - fraction * 266) <= 40 and all((row ^ 1) in whole for row in whole)

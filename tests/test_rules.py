@@ -1,11 +1,13 @@
 """Aggregation rules against plain references, and their invariants."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medfl.errors import ConfigError
+from medfl.errors import ConfigError, NetworkError
 from medfl.rules import (
     Before,
     clipped_mean,
@@ -159,6 +161,21 @@ def test_two_of_eight_cannot_leave_the_honest_hull_in_any_order(
 def test_krum_refuses_what_it_cannot_promise(sites: int, given: dict[str, int | None], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         krum(arrays(sites, 4), [1.0] * sites, updates_of(arrays(sites, 4)), **given)
+
+
+def test_sites_that_are_missing_count_among_the_bad_ones() -> None:
+    """Else a site that a rule is to withstand could end the study by an answer that is refused."""
+    values = arrays(4, 40)  # of 5 that were asked
+    before = replace(updates_of(values), missing=1)
+    assert krum_places(before.whole, bad=1, keep=None, missing=1) == krum_places(before.whole, bad=0, keep=None)
+    np.testing.assert_array_equal(
+        trimmed_mean(values[:2], [1.0] * 2, before, trim=1), trimmed_mean(values[:2], [1.0] * 2, before, trim=0)
+    )
+    np.testing.assert_array_equal(median(values, [1.0] * 4, before), median(values, [1.0] * 4, NOTHING))
+    with pytest.raises(NetworkError, match=r"krum: got 2 sites, need 3 to withstand rule.bad=1, 3 of which are"):
+        krum(values[:2], [1.0] * 2, replace(updates_of(values[:2]), missing=3), bad=1, keep=1)
+    with pytest.raises(ConfigError, match="krum: got 4 sites, need 5 to withstand"):
+        krum(values, [1.0] * 4, before, bad=2, keep=1)
 
 
 def test_clipped_mean_shortens_what_is_longer_than_the_median() -> None:

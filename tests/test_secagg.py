@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfl import config
+from medfl.carriers import FIRST_NODE
 from medfl.errors import ConfigError, CredentialError, DivergedError, NetworkError, PolicyError
 from medfl.layout import Layout
+from medfl.messages import Broadcast
 from medfl.secagg import layouts, masks, shamir
 from medfl.secagg.fixed import Scale
-from medfl.secagg.hiding import scale_of
+from medfl.secagg.hiding import Hiding, scale_of
 from medfl.secagg.roster import Entry, Roster, Ticket
 from medfl.secagg.session import Session
 from tests.federation.masked import SOME, STEPS, SUMS, WEIGHTS, Sites, sites_of
@@ -218,8 +221,8 @@ class Table:
     def share(self, roster: Roster) -> dict[str, dict[str, bytes]]:
         return {name: self.load(name).share(roster, self.settings, (), 0.5) for name in self.names}
 
-    def receive(self, name: str, sealed: dict[str, dict[str, bytes]]) -> None:
-        self.load(name).receive(sealed, self.answers, self.settings)
+    def receive(self, name: str, sealed: dict[str, dict[str, bytes]], broadcast: str = "a") -> Hiding:
+        return self.load(name).receive(sealed, self.answers, self.settings, broadcast=broadcast)
 
     def reveal(self, name: str, alive: list[str], gone: list[str]) -> dict[str, bytes]:
         return self.load(name).reveal(alive, gone, self.answers, self.settings)
@@ -316,12 +319,53 @@ def test_a_site_refuses_what_was_of_another_round_and_a_second_answer(tmp_path: 
         ({"site-0": {WEIGHTS: 0.97}}, "beyond rounds.max_share"),
         ({"site-1": {WEIGHTS: -0.1}}, "beyond rounds.max_share"),
         ({"site-1": {WEIGHTS: float("nan")}}, "beyond rounds.max_share"),
+        ({f"site-{at}": {WEIGHTS: 0.5 if at == 0 else 1e-12} for at in range(4)}, "beyond rounds.max_share"),
     ],
 )
 def test_a_site_refuses_weights_that_let_one_stand_out(changes: Any, match: str, tmp_path: Path) -> None:
     table = Table(tmp_path)
     with pytest.raises(PolicyError, match=match):
         table.share(table.begin(**changes))
+
+
+def test_a_site_refuses_a_mean_that_drop_outs_would_leave_to_one(tmp_path: Path) -> None:
+    table = Table(tmp_path)
+    heavy = {f"site-{at}": {WEIGHTS: 0.49 if at < 2 else 0.01} for at in range(4)}
+    sealed = table.share(table.begin(**heavy))
+    with pytest.raises(PolicyError, match="one would be 96% of the mean, more than 75%"):
+        table.receive("site-0", {name: parts for name, parts in sealed.items() if name != "site-1"})
+
+
+def test_sites_that_got_another_broadcast_have_masks_that_do_not_cancel(tmp_path: Path) -> None:
+    """Else all but one could be sent weights that nothing moves from (Pasquini et al., CCS 2022)."""
+    table = Table(tmp_path)
+    sealed = table.share(table.begin())
+    seeds = {name: table.receive(name, sealed, "b" if name == "site-0" else "a").seeds for name in table.names}
+    for one, other in itertools.combinations(table.names, 2):
+        assert (seeds[one][other] == seeds[other][one]) == ("site-0" not in (one, other))
+    sites = sites_of(tmp_path / "lying", count=5)
+    honest = sites.grid.deliver
+
+    def deliver(message: Message) -> Message:
+        if message.metadata.message_type.endswith("pretrain") and message.metadata.dst_node_id == FIRST_NODE:
+            broadcast = Broadcast.from_record(message.content)
+            other = {group: array + 1 for group, array in broadcast.flat.items()}
+            message.content = Broadcast(broadcast.order, other).to_record()
+        return honest(message)
+
+    sites.grid.deliver = deliver  # type: ignore[method-assign]
+    with pytest.raises(NetworkError, match="mask is left"):
+        sites.summed()
+
+
+@pytest.mark.parametrize("count", range(3, 40))
+def test_no_lists_of_drop_outs_unmask_a_site(count: int, tmp_path: Path) -> None:
+    """A site masks with c peers that it was told of. If `needed` sites give its mask, among them 2 needed - count that
+    were told of these peers too, and the others their keys, it is bare; c would have to be that many, and few enough
+    that the others are `needed`.
+    """
+    need = small_study(tmp_path, "arms=[federated]", "secagg.active=true").secagg.needed(count)
+    assert not [c for c in range(count) if 2 * need - count <= c <= count - 1 - need]
 
 
 def test_a_site_refuses_two_or_one_under_several_names_or_without_it(tmp_path: Path) -> None:
@@ -375,7 +419,7 @@ def test_a_list_of_sites_that_is_none_is_refused(text: str) -> None:
         ("rounds.codebook=mean", "rounds.codebook=mean.* Take rounds.codebook=refresh"),
         ("stages=[pretrain,finetune]", r"'finetune' is a network of one place.*\[federated_finetune\]"),
         ("secagg.least=2", "secagg.least: got 2, need at least 3"),
-        ("secagg.threshold=0.5", "secagg.threshold: got 0.5, need a share above 0.5"),
+        ("secagg.threshold=0.6", "secagg.threshold: got 0.6, need a share from 0.6666 to 1"),
     ],
 )
 def test_what_needs_single_updates_is_refused_by_name(override: str, match: str) -> None:

@@ -15,7 +15,7 @@ def labels_key(seed: int, site: str) -> int:
     return seeding.key(seed, "labels", site)
 
 
-def rows_with_labels(split: Split, fraction: float, *, least: int, key: int) -> Tensor:
+def rows_with_labels(split: Split, fraction: float, *, least: int, key: int, alone: bool = False) -> Tensor:
     """Rows (R,) of the patients of each class whose labels are given, those of unknown label left out.
 
     A patient comes with all images. The order of the patients depends on the key and their ids alone: so every arm
@@ -24,21 +24,25 @@ def rows_with_labels(split: Split, fraction: float, *, least: int, key: int) -> 
     Args:
         fraction: of the patients of each class, in (0, 1].
         least: patients of each class, however small the share.
+        alone: each patient is chosen by its own id, with the probability `fraction`, whoever else there is: so a
+            patient more changes nothing for the others, as differential privacy counts on. `least` has no part in it.
     """
     classes = label_of_patient(split.patients, split.labels.tolist())
-    return _rows(split, split.labels >= 0, _chosen(classes, fraction, least, key))
+    return _rows(split, split.labels >= 0, _chosen(classes, fraction, least, key, alone))
 
 
-def rows_with_masks(split: Split, fraction: float, *, least: int, key: int) -> Tensor:
+def rows_with_masks(split: Split, fraction: float, *, least: int, key: int, alone: bool = False) -> Tensor:
     """As `rows_with_labels`, of the patients with a known mask, who are all of one class."""
     if split.masks is None:
         return torch.empty(0, dtype=torch.int64)
     known = labelled(split.masks)
     drawn = {patient: 0 for patient, there in zip(split.patients, known.tolist(), strict=True) if there}
-    return _rows(split, known, _chosen(drawn, fraction, least, key))
+    return _rows(split, known, _chosen(drawn, fraction, least, key, alone))
 
 
-def _chosen(classes: Mapping[str, int], fraction: float, least: int, key: int) -> set[str]:
+def _chosen(classes: Mapping[str, int], fraction: float, least: int, key: int, alone: bool) -> set[str]:
+    if alone:
+        return {patient for patient, kind in classes.items() if kind >= 0 and seeding.share(key, patient) < fraction}
     members: dict[Hashable, list[str]] = {}
     for patient in sorted(classes, key=lambda patient: seeding.key(key, patient)):
         if classes[patient] >= 0:

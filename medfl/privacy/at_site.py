@@ -25,7 +25,8 @@ class Guard:
         patients: (N,) codes of the site's training images.
 
     Raises:
-        ConfigError: synthetic images, which were made of patients without any privacy.
+        ConfigError: synthetic images, which were made of patients without any privacy; a δ that one patient in all
+            can be given away under.
     """
 
     def __init__(self, study: Study, site: str, method: Method, patients: Tensor) -> None:
@@ -37,6 +38,11 @@ class Guard:
         self.study, self.method, self.patients = study, method, patients
         people = len(torch.unique(patients))
         self.delta = study.privacy.delta or 1 / (10 * people)
+        if self.delta * people > 1:
+            raise ConfigError(
+                f"privacy.delta: got {self.delta:g} at a site of {people} patients, need at most 1 / {people}: to "
+                "publish one patient in full would pass under it. Lower it, or set it to null."
+            )
         self.ledger = Ledger.of(Path(study.state_dir), site)
         self._key = bucket_key(self.ledger.path.with_suffix(".key"))
         self._units: tuple[Task, Units] | None = None  # of the last task

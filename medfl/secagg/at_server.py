@@ -15,7 +15,7 @@ from medfl.gate import Update
 from medfl.layout import Flat, Layout
 from medfl.messages import KEYS, SHARES, UNMASK, Order
 from medfl.secagg import layouts
-from medfl.secagg.hiding import secrets_of, unmask
+from medfl.secagg.hiding import digest_of, secrets_of, unmask
 from medfl.secagg.roster import AVERAGED, Entry, Roster, Ticket
 
 ALL = "all sites"  # whose name a sum bears
@@ -131,7 +131,8 @@ class Sum:
         revealed = {u.site: layouts.unpacked(layout, u.flat) for u in self._ask(asked, alive)}
         try:
             secrets = secrets_of(self.roster, revealed, study.secagg.needed(len(self.roster.sites)))
-            return unmask(self.roster, self.answers, masked, secrets, study.secagg)
+            digest = digest_of(self.request.flat)
+            return unmask(self.roster, self.answers, masked, secrets, study.secagg, broadcast=digest)
         except ValueError as error:
             raise NetworkError(
                 f"{_where(self.request)}: {error}. A site sent a wrong share, or masked with other keys. Repeat the "

@@ -16,7 +16,7 @@ from medfl.errors import PolicyError
 from medfl.layout import Layout
 from medfl.messages import Answer, Broadcast, Order
 from medfl.secagg import layouts
-from medfl.secagg.hiding import Hiding
+from medfl.secagg.hiding import Hiding, digest_of
 from medfl.secagg.roster import AVERAGED, Roster, Ticket
 from medfl.secagg.session import Session
 from medfl.site import Site
@@ -41,7 +41,7 @@ def answered(site: Site, kind: str, broadcast: Broadcast, act: Act) -> tuple[Ans
     plain = site.leaves(kind)
     if not active or not _all(site, kind).slots:
         return act(site, broadcast), plain
-    hiding = _receive(site, kind, broadcast.order)  # before hours of training
+    hiding = _receive(site, kind, broadcast)  # before hours of training
     return _hidden(site, hiding, act(site, broadcast), broadcast, kind), layouts.masked(plain)
 
 
@@ -77,8 +77,9 @@ def unmask(site: Site, broadcast: Broadcast) -> Answer:
     return _answer(site, order, layouts.opened(alive, gone), revealed)
 
 
-def _receive(site: Site, kind: str, order: Order) -> Hiding:
+def _receive(site: Site, kind: str, broadcast: Broadcast) -> Hiding:
     """Open what the peers sealed for this site, and commit to one masked answer."""
+    order = broadcast.order
     tree = _peers(order)
     session = Session.load(_folder(site, order), site.data.name, str(tree.get("session")))
     if session.ticket.kind != kind or session.ticket.round != order.round:
@@ -91,7 +92,8 @@ def _receive(site: Site, kind: str, order: Order) -> Hiding:
         }
     except (KeyError, TypeError, AttributeError, binascii.Error, ValueError):
         raise PolicyError("the request lacks shares sealed for this site. Nothing was sent.") from None
-    return session.receive(sealed, layouts.masked(_all(site, kind)), site.shop.study.secagg)
+    answers, settings = layouts.masked(_all(site, kind)), site.shop.study.secagg
+    return session.receive(sealed, answers, settings, broadcast=digest_of(broadcast.flat))
 
 
 def _hidden(site: Site, hiding: Hiding, answer: Answer, broadcast: Broadcast, kind: str) -> Answer:

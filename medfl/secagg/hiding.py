@@ -1,5 +1,6 @@
 """What a site adds to its numbers, and what of it the server can take off the sum."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -63,8 +64,33 @@ def sign(site: str, peer: str) -> int:
     return 1 if site < peer else -1
 
 
+def digest_of(broadcast: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of what the answers of one sum are made from."""
+    found = hashlib.sha256()
+    for group in sorted(broadcast):
+        array = np.ascontiguousarray(broadcast[group])
+        found.update(f"{group} {array.dtype.str} {array.size}\n".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def mask_seed(secret: bytes, roster: Roster, peer: str, broadcast: str) -> bytes:
+    """Seed of the mask that the owner of a masking key has with a peer.
+
+    Who got another broadcast has other masks: else the others could be sent weights that nothing moves from, and the
+    sum would be one site's update (Pasquini et al., "Eluding secure aggregation", CCS 2022).
+    """
+    return masks.agreed(secret, roster.sites[peer].masking, roster.context, f"mask of {broadcast}")
+
+
 def unmask(
-    roster: Roster, layout: Layout, answers: Mapping[str, Flat], secrets: Mapping[str, bytes], settings: Secagg
+    roster: Roster,
+    layout: Layout,
+    answers: Mapping[str, Flat],
+    secrets: Mapping[str, bytes],
+    settings: Secagg,
+    *,
+    broadcast: str,
 ) -> Flat:
     """The sums over the sites that answered: means (the change from the broadcast) or plain sums, float64.
 
@@ -74,11 +100,12 @@ def unmask(
         layout: of the masked answers of all sites.
         answers: the masked answers, by site.
         secrets: seed of the mask of each site that answered, masking key of each that did not.
+        broadcast: digest of what the answers were made from.
 
     Raises:
         ValueError: masks are left in a sum.
     """
-    seeds = {gone: _seeds(roster, gone, secrets[gone], answers) for gone in secrets.keys() - answers.keys()}
+    seeds = {gone: _seeds(roster, gone, secrets[gone], answers, broadcast) for gone in secrets.keys() - answers.keys()}
     found: Flat = {}
     for group, owner, size in _groups(layout):
         senders = [site for site in answers if roster.sites[site].sends(owner)]
@@ -103,11 +130,11 @@ def _groups(layout: Layout) -> Iterator[tuple[str, str, int]]:
     return ((slot.name, slot.owner, slot.size) for slot in layout.slots)
 
 
-def _seeds(roster: Roster, gone: str, secret: bytes, peers: Mapping[str, Flat]) -> dict[str, bytes]:
+def _seeds(roster: Roster, gone: str, secret: bytes, peers: Mapping[str, Flat], broadcast: str) -> dict[str, bytes]:
     """Seeds of the masks between a site that is gone and those that answered."""
     if masks.public_of(secret) != roster.sites[gone].masking:
         raise ValueError(f"the shares of the key of site '{gone}' are not of its key")
-    return {peer: masks.agreed(secret, roster.sites[peer].masking, roster.context, "mask") for peer in peers}
+    return {peer: mask_seed(secret, roster, peer, broadcast) for peer in peers}
 
 
 def secrets_of(roster: Roster, revealed: Mapping[str, Mapping[str, bytes]], need: int) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from medfl.secagg.layouts import OFFER, OFFERED, packed, unpacked
 MOST_SITES = 1000
 AVERAGED = ("parameter/", "target/")  # beginnings of the groups whose weighted mean is taken; of others the plain sum
 SLACK = 1e-9  # of sums of weights, for rounding
+MOST_LEFT = 0.75  # of a mean, one site's part where others dropped out
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,17 @@ class Roster:
         if not set(going) <= self.sites.keys() or many < need:
             raise PolicyError(f"a sum over {many} of {len(self.sites)} sites, need {need}. Nothing was sent.")
         for slot in answers.slots:
-            behind = len(self.behind(slot.name, slot.owner, going))
-            if 0 < behind < settings.least:
+            behind = self.behind(slot.name, slot.owner, going)
+            if 0 < len(behind) < settings.least:
                 raise PolicyError(
-                    f"{slot.name}: a sum over {behind} sites, secagg.least asks for {settings.least}. Nothing was "
+                    f"{slot.name}: a sum over {len(behind)} sites, secagg.least asks for {settings.least}. Nothing was "
                     "sent. More sites must hold what it is trained on, or take secagg.active=false."
+                )
+            weights = [self.sites[name].weight(slot.name) for name in behind]
+            if behind and max(weights) > MOST_LEFT * math.fsum(weights):
+                raise PolicyError(
+                    f"{slot.name}: of the sites that are left, one would be {max(weights) / math.fsum(weights):.0%} of "
+                    f"the mean, more than {MOST_LEFT:.0%}. Nothing was sent. Repeat the round when the others are back."
                 )
 
     def check_signed(self, site: str, peers: Mapping[str, str]) -> None:
@@ -175,8 +182,8 @@ def _entry(node: Mapping[str, Any]) -> Entry:
 
 
 def _check_weights(group: str, weights: list[float], max_share: float) -> None:
-    """A weight near 1 beside others near 0 would make one site's update the sum."""
-    used = [weight for weight in weights if weight > 0]
+    """A weight near 1 beside others near 0 would make one site's update the mean, which is the sum over all weights."""
+    used, total = [weight for weight in weights if weight > 0], math.fsum(weights)
     cap = max(max_share, 1 / max(len(used), 1))
-    if not all(0 <= weight <= cap + SLACK for weight in weights) or math.fsum(weights) > 1 + SLACK:
+    if not all(0 <= weight <= (cap + SLACK) * total for weight in weights) or not total <= 1 + SLACK:
         raise PolicyError(f"{group}: a weight is beyond rounds.max_share={max_share:g}. Nothing was sent.")

@@ -18,7 +18,7 @@ from medfl.layout import Layout
 from medfl.protection import Secagg
 from medfl.provision.keys import write_private
 from medfl.secagg import masks, shamir
-from medfl.secagg.hiding import Hiding
+from medfl.secagg.hiding import Hiding, mask_seed
 from medfl.secagg.roster import Roster, Ticket
 
 
@@ -34,6 +34,7 @@ class Session:
     own: str  # seed of the mask of its own
     roster: str = ""  # what it was told, once it has sent shares
     held: dict[str, tuple[str, str]] = field(default_factory=dict)  # peer -> shares of its key and of its seed
+    broadcast: str = ""  # digest of what the masked answer was made from
 
     @classmethod
     def begin(cls, folder: Path, site: str, ticket: Ticket) -> "Session":
@@ -92,12 +93,15 @@ class Session:
             for name, pair in pairs.items()
         }
 
-    def receive(self, sealed: Mapping[str, Mapping[str, bytes]], answers: Layout, settings: Secagg) -> Hiding:
+    def receive(
+        self, sealed: Mapping[str, Mapping[str, bytes]], answers: Layout, settings: Secagg, *, broadcast: str
+    ) -> Hiding:
         """Open the shares that each peer sealed for this site; once, before the masked answer is made.
 
         Args:
             sealed: maker -> recipient -> sealed shares: of the sites that go on.
             answers: what the masked answers of all sites hold.
+            broadcast: digest of what the answers are made from. Masks cancel between sites that got the same alone.
 
         Raises:
             PolicyError: no shares were sent, an answer was masked before, or too few sites go on.
@@ -111,9 +115,10 @@ class Session:
             key = self._sealing_key(roster, maker, maker, self.site)
             pair = masks.unseal(key, sealed[maker].get(self.site, b""), roster.context, maker)
             self.held[maker] = (pair[: shamir.BYTES].hex(), pair[shamir.BYTES :].hex())
+        self.broadcast = broadcast
         self._save()
         seeds = {
-            name: masks.agreed(bytes.fromhex(self.masking), roster.sites[name].masking, roster.context, "mask")
+            name: mask_seed(bytes.fromhex(self.masking), roster, name, broadcast)
             for name in sealed.keys() - {self.site}
         }
         return Hiding(self.site, roster, bytes.fromhex(self.own), seeds)
@@ -151,6 +156,10 @@ class Session:
     def _only_once(self, roster: Roster, alive: list[str]) -> None:
         """A round repeated with other sites or weights would show the difference: updates of single sites."""
         file, name = self.file.with_name("sums.json"), f"{self.ticket.kind} {self.ticket.round}"
+        if (
+            self.ticket.kind == "refresh"
+        ):  # several of a round, each under other codes: they depend on the broadcast alone
+            name += f" {self.broadcast[:16]}"
         before, asked = _read(file), {site: dict(roster.sites[site].weights) for site in alive}
         if before.setdefault(name, asked) != asked:
             raise PolicyError(

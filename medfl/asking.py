@@ -28,6 +28,7 @@ def replies(grid: Grid, asked: Sequence[Message], deadline: float, *, most: int)
         NetworkError: the SuperLink cannot be reached any more.
     """
     point("before_send")
+    waiting: dict[str, int] = {}
     try:
         waiting = {name: place for place, name in enumerate(grid.push_messages(asked)) if name}
         end = time.monotonic() + deadline
@@ -48,6 +49,9 @@ def replies(grid: Grid, asked: Sequence[Message], deadline: float, *, most: int)
                 time.sleep(POLL)
     except ConnectionLost as error:
         raise NetworkError(f"the SuperLink cannot be reached: {error}. Start it; the run goes on by itself.") from None
+    finally:
+        if isinstance(grid, Prompt):
+            grid.forget(list(waiting))
 
 
 def _there(grid: Grid, waiting: Iterable[str]) -> list[str]:

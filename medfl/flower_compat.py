@@ -57,6 +57,8 @@ def _end_cycles() -> None:
     """
     views: Any = recorddict._SyncedDict
     check = views.check_value
+    if isinstance(check, property):  # medfl was imported again
+        return
 
     def weakly(view: Any) -> Callable[[Any], None]:
         own = weakref.ref(view)

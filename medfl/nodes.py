@@ -21,6 +21,9 @@ class Prompt(Protocol):
     def arrived(self, message_ids: Collection[str], timeout: float) -> list[str]:
         """Those of the messages whose replies can be pulled, once there are any; none after `timeout` seconds."""
 
+    def forget(self, message_ids: Collection[str]) -> None:
+        """Nobody waits for the replies to these messages any more."""
+
 
 class Nodes(Grid):
     """All of a Grid but the way of its messages. `contexts` has the node of each site, with its place in the study."""

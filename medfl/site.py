@@ -262,7 +262,7 @@ class Site:
         """The training images of the refresh pass, in batches: a fixed sample."""
         draw = seeding.generator(self.shop.study.seed, "refresh", self.data.name)
         chosen = torch.randperm(len(self.images), generator=draw)[: self.shop.study.rounds.refresh_volumes]
-        return [part.to(self.images.device) for part in batches(chosen, self.shop.study.training.batch_size)]
+        return list(batches(chosen, self.shop.study.training.batch_size))
 
     @torch.no_grad()
     def _refresh(self) -> tuple[Tensors, dict[str, float], dict[str, CodeSums]]:
@@ -287,9 +287,11 @@ class Site:
 
     def _batch(self, part: Tensor) -> Tensor:
         layout = self.shop.where.memory_format(self.images.ndim - 2)
-        return self.images[part].to(self.shop.where.device).contiguous(memory_format=layout)
+        return self.shop.where.of(self.images, part).contiguous(memory_format=layout)
 
     def _view(self, part: Tensor) -> Tensor:
         key = seeding.key(self.shop.study.seed, "monitor", self.data.name, int(part[0]))
         layout = self.shop.where.memory_format(self.images.ndim - 2)
-        return self.shop.views(self._batch(part), key=key, count=1)[0].contiguous(memory_format=layout)
+        with torch.autocast(self.shop.where.device.type, enabled=False):  # places of voxels are no matter of bf16
+            made = self.shop.views(self._batch(part), key=key, count=1)[0]
+        return made.contiguous(memory_format=layout)

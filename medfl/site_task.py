@@ -58,7 +58,7 @@ def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, memb
     extra = _synthetic(shop, members)
     codes = patient_codes(tuple(f"synthetic {place}" for place in range(len(extra))))
     return Task(
-        torch.cat([images, shop.where.resident(extra)]),
+        torch.cat([images, extra.to(images.device)]),
         torch.cat([train.labels, torch.full((len(extra),), -1)]),
         shop.views,
         torch.cat([patients, codes]),

@@ -42,11 +42,21 @@ class Device:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def resident(self, images: Tensor) -> Tensor:
-        """The images on the device if they take less than a third of its free memory, else in pinned host memory."""
+        """The images on the device, if they leave half of its memory free, else where they are.
+
+        All sites of a process come here before the first of them trains.
+        """
         if self.device.type != "cuda":
             return images
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return images.to(self.device) if images.nbytes < free / 3 else images.pin_memory()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return images.to(self.device) if free - images.nbytes > total / 2 else images
+
+    def of(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """The chosen rows on the device; the host does not wait for it."""
+        if self.device.type != "cuda" or rows.device.type == "cuda":
+            return rows[chosen.to(rows.device, non_blocking=True)].to(self.device)
+        pinned = torch.empty(len(chosen), *rows.shape[1:], dtype=rows.dtype, pin_memory=True)  # reused after the copy
+        return torch.index_select(rows, 0, chosen, out=pinned).to(self.device, non_blocking=True)
 
     def memory_format(self, spatial_dims: int) -> torch.memory_format:
         if not self.channels_last:
@@ -86,25 +96,23 @@ class Task:
 
     def batch(self, chosen: Tensor, key: int, where: Device, *, count: int, masked: bool = False) -> list[Tensor]:
         """`count` views of the chosen images, on the device; with their masks as a last channel if `masked`."""
-        images = self.images[chosen.to(self.images.device)].to(where.device, non_blocking=True)
+        images = where.of(self.images, chosen)
         if masked:
-            images = torch.cat([images, self._masks(chosen, images)], dim=1)
+            images = torch.cat([images, self._masks(chosen, images, where)], dim=1)
         made = self.views(images, key=key, count=count)
         return [view.contiguous(memory_format=where.memory_format(view.ndim - 2)) for view in made]
 
-    def _masks(self, chosen: Tensor, images: Tensor) -> Tensor:
+    def _masks(self, chosen: Tensor, images: Tensor, where: Device) -> Tensor:
         if self.masks is None:
             return torch.full_like(images[:, :1], UNLABELLED)
-        return self.masks[chosen.to(self.masks.device)].to(images.device)[:, None].float()
+        return where.of(self.masks, chosen)[:, None].float()
 
     def known(self, chosen: Tensor, method: Method, where: Device) -> dict[str, Tensor | None]:
         """What the method reads of the chosen images besides their views."""
         read = {"labels": self.labels if method.labelled else None}
         if method.by_patient:
             read["patients"] = self.patients
-        return {
-            name: None if rows is None else rows[chosen.to(rows.device)].to(where.device) for name, rows in read.items()
-        }
+        return {name: None if rows is None else where.of(rows, chosen) for name, rows in read.items()}
 
 
 Gradients = Callable[[int], dict[str, Tensor]]  # of a step: sets .grad of what is trained; its loss terms

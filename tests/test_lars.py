@@ -1,12 +1,14 @@
 """LARS: its step by hand, by plain loops over many steps, and what it leaves to plain SGD."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from medfl.checkpoint import load_optimizer, optimizer_tensors
+from medfl.files import packed, unpacked, write_bytes
 from medfl.optimizers import lars
 
 SWITCHES = {"momentum": 0.9, "weight_decay": 0.1, "trust": 0.01, "eps": 0.5}
@@ -71,6 +73,29 @@ def test_a_matrix_of_zeros_can_move_and_one_without_gradient_stays() -> None:
     lars([zeros, still], lr=0.5, **SWITCHES).step()
     torch.testing.assert_close(zeros.detach(), torch.full((2, 2), -0.5))
     torch.testing.assert_close(still.detach(), torch.ones(2, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_goes_on_with_the_state_of_a_file_whatever_the_strides(
+    kind: type[torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Fused steps go through memory: state that came back contiguous would move the wrong weights."""
+    more: dict[str, object] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    draw = torch.Generator().manual_seed(0)
+    slopes = torch.randn(4, 4, 3, 3, 3, generator=draw).unbind()
+    found = []
+    for kept in (False, True):
+        weight = nn.Parameter(torch.ones(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+        optimizer = kind([weight], lr=0.1, fused=True, **more)
+        for place, slope in enumerate(slopes):
+            if kept and place == 2:
+                write_bytes(tmp_path / "state", packed(optimizer_tensors(optimizer)))
+                optimizer = kind([weight], lr=0.1, fused=True, **more)
+                load_optimizer(optimizer, unpacked(tmp_path / "state"))
+            weight.grad = torch.empty_like(weight).copy_(slope)
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_its_state_survives_a_file() -> None:

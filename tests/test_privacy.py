@@ -125,6 +125,16 @@ def test_each_patients_gradient_is_that_of_a_plain_loop(group: str, name: str, d
     assert not any(hasattr(parameter, "grad_sample") for parameter in method.parameters())
 
 
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """Fused optimizers go through memory."""
+    method = isolated("method", "byol", 2).to(memory_format=torch.channels_last)
+    privacy = settings(mechanism="patient", images=9)
+    with PrivateGradients(method, task_of(method, 2), PLAN, CPU, privacy, each_apart()) as gradients:
+        gradients(0)
+    assert any(p.stride() != p.contiguous().stride() for p in gradients.parameters)
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in gradients.parameters)
+
+
 def test_a_patient_moves_the_sum_by_no_more_than_the_bound() -> None:
     """Added or removed: by C for patients, by 2C for buckets, whatever the images are; nobody else's part changes."""
     for mechanism, factor in (("patient", 1.0), ("group", 2.0)):
@@ -416,4 +426,5 @@ def test_a_patient_more_takes_nobodys_label(fraction: float) -> None:
     whole = chosen(400)
     for count in range(2, 400, 2):
         assert chosen(count) == {row for row in whole if row < count}
-    assert abs(len(whole) - fraction * 266) <= 40 and all((row ^ 1) in whole for row in whole)
+    assert abs(len(whole) - fraction * 266) <= 40
+    assert all((row ^ 1) in whole for row in whole)

@@ -257,7 +257,7 @@ class MedCSS(Method):
         loss = coding_rate_hinge(rate3, rate4, direction=self.crr.direction)
         if small := self.crr.weight > 0 and off:
             loss = loss * 0
-        told = {"crr_active": (loss > 0).to(loss.dtype), "crr_off": loss.new_tensor(float(small))}
+        told = {"crr_active": (loss > 0).to(loss.dtype), "crr_off": torch.full_like(loss, float(small))}
         return loss, {"rate3": rate3, "rate4": rate4, **told}
 
     def _rate(self, features: Tensor) -> Tensor:

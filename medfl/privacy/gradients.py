@@ -72,7 +72,7 @@ class PrivateGradients:
         total += self.secret.normal(len(total), total.device) * (self.privacy.noise * self.privacy.clip)
         total /= self.units.expected
         for parameter, part in zip(self.parameters, self._split(total), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype).contiguous()
+            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))  # fused steps need its strides
         return {}
 
     def summed(self, step: int) -> Tensor:

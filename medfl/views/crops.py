@@ -56,7 +56,7 @@ class Crops:
             raise ValueError(f"crops: got {images.shape[1]} channels, need the {self.channels} modalities or more.")
         needed = 3 + self.channels + TRIES
         columns, _ = compose.uniforms(len(images), needed, key=key, count=count)
-        drawn = torch.stack([next(columns) for _ in range(needed)]).to(images.device)
+        drawn = torch.stack([next(columns) for _ in range(needed)]).to(images.device, non_blocking=True)
         gate, place, mirror, *rest = drawn.view(-1, count, len(images))
         drop, tried = rest[: self.channels], torch.stack(rest[self.channels :], dim=-1)
         flat = images.flatten(2)  # (B, C, P)

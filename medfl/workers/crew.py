@@ -6,9 +6,6 @@ import selectors
 import threading
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import send_handle
 from uuid import uuid4
 
@@ -21,6 +18,7 @@ from medfl.nodes import crash
 from medfl.workers.memory import Block, Blocks
 from medfl.workers.notes import Ask, Done, Logged, Map, Ready, Room, Task
 from medfl.workers.parcel import unpacked
+from medfl.workers.process import Worker
 from medfl.workers.room import worker_count
 from medfl.workers.schedule import Line, Waiting
 from medfl.workers.worker import serve
@@ -29,25 +27,6 @@ UNREAD = 2  # replies per worker that may wait for the server before workers wai
 PATIENCE = 5.0  # s for a worker to end by itself
 QUERY = "query"  # requests of this kind do not show how much memory a training takes
 log = logging.getLogger("medfl.workers")
-
-
-@dataclass(eq=False)
-class Worker:
-    """One process, and what it has."""
-
-    number: int
-    process: SpawnProcess
-    pipe: Connection
-    ready: bool = False
-    waiting: Waiting | None = None  # what it works on
-    answer: Block | None = None  # promised for its answer
-    view: memoryview | None = None  # of that block, so that nobody else gets it
-    mapped: set[int] = field(default_factory=set)
-    held: set[int] = field(default_factory=set)
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and self.waiting is None
 
 
 class Crew:
@@ -65,6 +44,7 @@ class Crew:
         self._changed = threading.Condition()
         self._blocks, self._line = Blocks(), Line()
         self._replies: dict[str, Message] = {}
+        self._forgotten: set[str] = set()  # of those that workers have
         self._failure: BaseException | None = None
         self._wanted: Collection[str] = ()  # ids that the caller waits for in vain
         self._app, self._contexts, self._threads, self._cuda = app, contexts, threads, cuda
@@ -89,6 +69,11 @@ class Crew:
         """Bytes of shared memory."""
         return self._blocks.size
 
+    @property
+    def unread(self) -> int:
+        """Replies that nobody has taken."""
+        return len(self._replies)
+
     def room(self, size: int) -> tuple[Block, memoryview]:
         """A block for a request's content, and the view that keeps it in use."""
         with self._changed:
@@ -112,6 +97,16 @@ class Crew:
         with self._changed:
             self._changed.wait_for(lambda: self._there(names), timeout)
             return self._there(names)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Nobody waits for the replies to these messages any more: those that no worker has are not answered."""
+        with self._changed:
+            self._line.forget(names)
+            for name in names:
+                self._replies.pop(name, None)
+            running = {worker.waiting.message.metadata.message_id for worker in self._workers if worker.waiting}
+            self._forgotten |= running & set(names)
+            self._rouse()
 
     def _there(self, names: Iterable[str]) -> list[str]:
         """
@@ -222,7 +217,11 @@ class Crew:
             self._leave(waiting, reply)
 
     def _leave(self, waiting: Waiting, reply: Message) -> None:
-        self._replies[waiting.message.metadata.message_id] = reply
+        name = waiting.message.metadata.message_id
+        if name in self._forgotten:
+            self._forgotten.remove(name)
+            return
+        self._replies[name] = reply
         self._changed.notify_all()
 
     def _decide(self, found: tuple[int, str]) -> None:

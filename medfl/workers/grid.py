@@ -83,6 +83,10 @@ class WorkerGrid(Nodes):
         self._tell()
         return found
 
+    def forget(self, message_ids: Collection[str]) -> None:
+        """Nobody waits for the replies to these messages any more."""
+        self.crew.forget(message_ids)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         waiting, found = dict.fromkeys(self.push_messages(messages)), list[Message]()
         end = float("inf") if timeout is None else time.monotonic() + timeout
@@ -91,6 +95,7 @@ class WorkerGrid(Nodes):
             found += self.pull_messages(names)
             for name in names:
                 del waiting[name]
+        self.forget(waiting)
         return found
 
     def _parcel(self, content: RecordDict) -> Parcel:

@@ -54,6 +54,10 @@ class Line:
     def took(self, waiting: Waiting, seconds: float) -> None:
         self._seconds[waiting.node, waiting.kind] = seconds
 
+    def forget(self, names: Collection[str]) -> None:
+        """Drop the messages with these ids."""
+        self._waiting = [row for row in self._waiting if row[2].message.metadata.message_id not in names]
+
     def next(self, busy: Collection[int], workers: int, wanted: Collection[str] = ()) -> Waiting | None:
         """Take one whose node is not `busy`: not one that is far ahead of the earliest, as the server may have to
         hold its reply until all before it are there.

@@ -111,6 +111,14 @@ def test_a_killed_worker_costs_its_site_the_reply_and_is_started_again(grid: Wor
     assert len(set(grid.crew.pids) - pids) == 2
 
 
+def test_sites_that_missed_a_deadline_are_out_of_the_way_of_the_next_round(grid: WorkerGrid) -> None:
+    large = 4 * WIDE  # so that few replies may be ahead of the earliest
+    assert len(grid.send_and_receive(request(40, large, sleep=0.1), timeout=0.5)) < 40
+    replies = grid.send_and_receive(request(40, large), timeout=60)
+    assert sorted(reply.metadata.src_node_id for reply in replies) == list(range(1000, 1040))
+    assert not grid.crew.unread
+
+
 def test_replies_that_are_kept_get_more_memory(grid: WorkerGrid) -> None:
     kept = [reply for _ in range(2) for reply in grid.send_and_receive(request(20))]
     assert {float(from_array(r.content.array_records["x"]["x"])[-1]) for r in kept} == set(range(1, 21))

@@ -30,7 +30,7 @@ SLACK = 0.1  # and at least this much, for exponents around 0
 LIMIT = 3600  # seconds of a script
 SCRIPTS = (
     "floors", "views", "epoch", "steps", "quantizer", "aggregation", "traffic", "memory", "rounds", "overhead",
-    "engines", "curves",
+    "engines", "curves", "gpu",
 )  # fmt: skip
 QUICK = {"views", "epoch", "quantizer", "rounds", "overhead", "curves"}  # those that know --quick
 FULL = {"views": 7, "epoch": 5, "quantizer": 7, "rounds": 5, "overhead": 5}  # rounds of a full run

@@ -7,6 +7,8 @@ values or distances, and an inspection, need all updates together, in memory.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from medfl import conduct, config, features, rules
 from medfl.ballot import Ballot, Rule, counted_groups, influence, sample_for, steps_to, thin, volumes_of
 from medfl.enrolment import Enrolled, Federation
@@ -16,6 +18,7 @@ from medfl.rules import shares_of
 from medfl.run_folder import Event
 from medfl.server_state import Server
 from medfl.turns import detached
+from medfl.whole import Whole
 
 Told = list[tuple[str, str, float]]  # site, name, value
 
@@ -40,8 +43,24 @@ class Together:
     ) -> None:
         self.federation, self.server, self.sites, self.rule, self.needed = federation, server, sites, rule, needed
         self.study, self.max_share = federation.study, federation.study.rounds.max_share
+        self._rehearse()
         self.pool = features.Pool(server.blueprint.answers)
         self.steps: Mapping[str, int] | None = None  # of samples, in place of whole arrays
+
+    def _rehearse(self) -> None:
+        """
+        Raises:
+            ConfigError: the rule needs more sites than can answer, told before hours of training.
+        """
+        if rules.linear(self.rule):
+            return
+        everybody = Whole(np.zeros((len(self.sites), len(self.sites))))
+        for group, slots in counted_groups(self.server.blueprint.sends).items():
+            able = [site for site in self.sites.values() if site.share(slots[0].owner, self.needed)]
+            nothing = np.zeros(1, self.server.flat[group].dtype)
+            before = rules.Before(nothing, (), everybody, range(len(able)))
+            if able:
+                self.rule([nothing] * len(able), [1.0] * len(able), before)
 
     def take(self, update: Update) -> Update:
         """An update in its turn, in the order of site names; what of it is still needed."""

@@ -12,6 +12,7 @@ from client.app import app as client
 from medfl.carriers import InProcessGrid
 from medfl.checkpoint import newest
 from medfl.conduct import of_tensors
+from medfl.errors import ConfigError
 from medfl.layout import Flat
 from medfl.messages import PRETRAIN, Broadcast, from_array, to_array
 from medfl.run_folder import RunFolder
@@ -109,6 +110,19 @@ def test_free_riders_and_copies_are_named(kind: str, tmp_path: Path) -> None:
     remarks = [event["reason"] for event in events if event["name"] == "remark"]
     assert len(remarks) == times
     assert all(text in remark for remark in remarks)
+
+
+def test_an_answer_that_is_refused_does_not_end_a_study_that_withstands_a_bad_site(tmp_path: Path) -> None:
+    short = ("rounds.count=2", "training.steps=2")
+    words = ("rule=krum", "rule.bad=1", *short)
+    events = federate(tmp_path / "nan", lambda weights, old, seen: weights * np.nan, *words).events()
+    assert [e["site"] for e in events if e["name"] == "refused"] == ["site-2"] * 2
+    assert len([e for e in events if e["name"] == "round/sites"]) == 2
+    with pytest.raises(ConfigError, match="krum: got 5 sites, need 7 to withstand"):
+        federate(tmp_path / "few", flipped, "rule=krum", "rule.bad=2", *short)
+    stages = {row.rpartition(",")[2] for row in (tmp_path / "few" / "wire.csv").read_text().splitlines()}
+    assert "enrol" in stages
+    assert "pretrain" not in stages  # nobody trained for it
 
 
 def test_what_is_known_of_earlier_updates_is_in_the_checkpoint(tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, memb
         rows = _taught(shop, data)
         chosen = images if len(rows) == len(images) else images[rows.to(images.device)]
         masks = None if train.masks is None else train.masks[rows]
-        return Task(chosen, _labels(shop, data)[rows], shop.views, patients[rows], masks)
+        labels = _labels(shop, data)[rows]
+        if method.labelled:
+            method.check_labels(labels)
+        return Task(chosen, labels, shop.views, patients[rows], masks)
     if not shop.study.training.synthetic:
         return Task(images, train.labels, shop.views, patients, train.masks)
     extra = _synthetic(shop, members)

@@ -13,6 +13,7 @@ from torch import Tensor
 from medfl.errors import ConfigError
 from medfl.methods.medcss_losses import (
     alignment,
+    check_labels,
     coding_rate,
     coding_rate_bound,
     coding_rate_hinge,
@@ -158,4 +159,4 @@ def test_supervised_loss_is_binary_for_two_classes() -> None:
     expected = torch.nn.functional.cross_entropy(both, labels)
     torch.testing.assert_close(supervised_loss(logits, labels, classes=2), expected)
     with pytest.raises(ConfigError, match=r"method.classes=2: got labels from 0 to 2, need 0 to 1"):
-        supervised_loss(logits, torch.tensor([0, 1, 2, 0, 1, 0]), classes=2)
+        check_labels(torch.tensor([0, 1, 2, 0, 1, 0]), 2)

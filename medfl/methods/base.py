@@ -89,6 +89,13 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(views, progress, labels).")
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Look at all labels that a site will train on, once: in a step, the host would wait for the device.
+
+        Raises:
+            ConfigError: labels that the method was not made for.
+        """
+
     def enter(self, phase: str) -> None:
         """From here on `forward` and `trainable` are those of this phase."""
 

@@ -15,6 +15,7 @@ from medfl.errors import ConfigError, one_of
 from medfl.methods.base import Claim, Method, Role
 from medfl.methods.medcss_losses import (
     alignment,
+    check_labels,
     coding_rate,
     coding_rate_bound,
     coding_rate_hinge,
@@ -152,7 +153,7 @@ class MedCSS(Method):
         """Terms "nt_xent" or "supervised", "align", "crr" (unweighted), and monitors in nats.
 
         Raises:
-            ConfigError: a batch too small for a term, or labels outside of `classes`.
+            ConfigError: a batch too small for a term.
             ValueError: not two equal views, or no labels for the supervised form.
         """
         del progress  # nothing is scheduled
@@ -168,6 +169,9 @@ class MedCSS(Method):
         # a term of weight 0 is left out: 0 times infinity would spoil the total
         total = sum((w * terms[n] for n in terms if (w := weights.get(n, 1.0)) > 0), torch.zeros((), device=z4.device))
         return {"total": total, **{name: value.detach() for name, value in (terms | monitors).items()}}
+
+    def check_labels(self, labels: Tensor) -> None:
+        check_labels(labels, self.classes)
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits of the supervised form: (B, 1) for two classes, else (B, classes).

@@ -18,10 +18,17 @@ def supervised_loss(logits: Tensor, labels: Tensor, *, classes: int) -> Tensor:
 
     Args:
         logits: (B, 1) or (B, classes).
-        labels: (B,) integers in [0, classes).
+        labels: (B,) integers in [0, classes): see `check_labels`.
+    """
+    if classes == 2:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
 
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """
     Raises:
-        ConfigError: labels outside of that range.
+        ConfigError: labels (N,) outside of [0, classes).
     """
     low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or high >= classes:
@@ -29,9 +36,6 @@ def supervised_loss(logits: Tensor, labels: Tensor, *, classes: int) -> Tensor:
             f"method.classes={classes}: got labels from {low} to {high}, need 0 to {classes - 1}. "
             "Set method.classes to the number of classes of the data."
         )
-    if classes == 2:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
 
 
 @full_precision

@@ -5,6 +5,7 @@ and the site's own file is merged last: data, device, state, and a policy that n
 """
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from medfl.secagg.roster import Roster, signed_offer
 
 SITE_FILE, PARTITION = "site-file", "partition-id"  # keys of a node's configuration
 ANSWER_WITHIN = 86400.0  # s that a sealed answer counts
+LINEAGE = re.compile(r"[0-9a-f]{32}|none|synthesis|")
+WORDS = {"lineage": LINEAGE, "parent": LINEAGE, "arm": re.compile(r"([A-Za-z0-9][A-Za-z0-9:._-]{0,200})?")}  # in paths
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ def admit(message: Message, context: Context) -> Admitted:
     site = SiteFile.read(Path(str(place)))
     received = _tree(Broadcast.order_of(message.content))
     approval, invitation = approval_of(site, str(received["run"].get("study")))
-    _, digest = envelope.opened(message.content, invitation.study_key, "order")
+    sealed_as = envelope.order_of(message.metadata.message_type)
+    _, digest = envelope.opened(message.content, invitation.study_key, sealed_as)
     broadcast = Broadcast.from_record(message.content)
-    _check(broadcast.order, received, yaml.safe_load(invitation.config), site, kind)
+    approved = yaml.safe_load(invitation.config)
+    _check_study(received, approved, site, kind)
+    _check_order(broadcast.order, received, approved, site, kind)
     if received["privacy"]["mechanism"] != "none":
-        check_ledger(site)
+        check_ledger(site, digest)
     if kind == "shares" and site.policy.peers is not None:
         Roster.read(broadcast.order.peers).check_signed(site.site, site.policy.peers)
     local = localized(received, site, approval)
@@ -81,31 +87,48 @@ def _tree(order: Order) -> dict[str, Any]:
         raise ConfigError("the order holds no study. Install the same medfl release on both sides.") from None
 
 
-def _check(order: Order, received: dict[str, Any], approved: dict[str, Any], site: SiteFile, kind: str) -> None:
-    if not follows(received, approved):
+def _check_study(received: dict[str, Any], approved: dict[str, Any], site: SiteFile, kind: str) -> None:
+    """That the study is the approved one, in the form that this kind of request asks for."""
+    same = received == approved
+    if not follows(received, approved) or (kind == "pretrain" and not same) or (kind == "finetune" and same):
         odd = next((name for name in approved if received.get(name) != approved[name]), "another section")
         raise PolicyError(f"the study differs from the approved one, first in {odd!r}. Nothing was done.")
     rules = site.policy
     if found := policy.refusals(approved, rules):
         raise PolicyError(f"this site's rules forbid it: {found[0]} Change site.yaml, or leave the study.")
-    needed = policy.STAGES.get(kind, ())
+
+
+def _check_order(order: Order, received: dict[str, Any], approved: dict[str, Any], site: SiteFile, kind: str) -> None:
+    """That the request is one of the approved stages, and that its words cannot lead out of the state folder."""
+    rules, needed = site.policy, policy.STAGES.get(kind, ())
     if needed and not set(needed) & set(rules.stages):
         raise PolicyError(f"request {kind}: policy.stages allows {', '.join(rules.stages) or 'none'}.")
+    if needed and not set(needed) & set(approved["stages"]):
+        raise PolicyError(f"request {kind}: the approved study has the stages {', '.join(approved['stages'])} alone.")
     if kind in ("pretrain", "finetune") and order.steps < rules.least_steps:
         raise PolicyError(f"steps={order.steps}: policy.least_steps asks for {rules.least_steps} at least.")
     count = received["rounds"]["count"]
     if order.rounds != count or not 0 <= order.round <= count:
         raise PolicyError(f"round {order.round} of {order.rounds}: the approved study has {count}.")
+    for name, form in WORDS.items():
+        if not form.fullmatch(word := getattr(order, name)) or ".." in word:
+            raise PolicyError(f"the order's {name} is none that a server of this release makes. Nothing was done.")
 
 
-def check_ledger(site: SiteFile) -> None:
+def check_ledger(site: SiteFile, order: str = "") -> None:
     """The ledger still has the line that the audit log noted with the last answer: nobody took ε back.
+
+    Args:
+        order: digest of the order that is to be obeyed: a second time it would spend ε again.
 
     Raises:
         PrivacyError: it has not.
+        PolicyError: the order was answered before.
     """
-    noted = [str(entry["ledger"]) for entry in Audit(site.audit).entries() if entry.get("ledger")]
-    Ledger.of(site.state, site.site).releases(parse_head(noted[-1]) if noted else None)
+    entries = [entry for entry in Audit(site.audit).entries() if entry.get("ledger")]
+    Ledger.of(site.state, site.site).releases(parse_head(str(entries[-1]["ledger"])) if entries else None)
+    if order and order in {entry.get("order") for entry in entries}:
+        raise PolicyError("the order was answered before. Nothing was done.")
 
 
 def localized(received: dict[str, Any], site: SiteFile, approval: Approval) -> str:

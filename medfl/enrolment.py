@@ -77,9 +77,9 @@ class Federation:
     stage: str = "pretrain"  # pretrain | finetune: which of the study's trainings its rounds are
     seals: Seals | None = None  # None: a simulation
 
-    def sealed(self, record: RecordDict, within: float) -> str:
+    def sealed(self, record: RecordDict, within: float, kind: str) -> str:
         """Seal an order that is to be answered within so many seconds; its digest, "" in a simulation."""
-        return self.seals.order(record, within) if self.seals else ""
+        return self.seals.order(record, within, kind) if self.seals else ""
 
     def unsealed(self, reply: Message, site: str, order: str) -> str:
         """Check the seal of a reply and take it off; the head of the site's audit log, "" in a simulation.
@@ -145,7 +145,7 @@ def _ask_who(federation: Federation, nodes: Sequence[int]) -> tuple[list[Enrolle
     study, folder = federation.study, federation.folder
     order = Order(study.source, "none", "none", "none", 0, study.rounds.count, 0, "none", uuid.uuid4().hex)
     content = Broadcast(order).to_record()
-    digest = federation.sealed(content, study.rounds.deadline)
+    digest = federation.sealed(content, study.rounds.deadline, DESCRIBE)
     registered = {node.node_id: node.name for node in federation.grid.get_nodes()}
     asked = [Message(content, dst_node_id=node, message_type=DESCRIBE, group_id="enrol") for node in nodes]
     found: dict[str, Enrolled] = {}

@@ -58,6 +58,11 @@ def closed(record: RecordDict, key: Ed25519PrivateKey, seal: Seal) -> str:
     return content
 
 
+def order_of(kind: str) -> str:
+    """The kind of an order's seal: what carries the message cannot make another request of it."""
+    return f"order {kind}"
+
+
 def opened(record: RecordDict, public: str, kind: str) -> tuple[Seal, str]:
     """Check the seal; it and the content's digest.
 

@@ -57,7 +57,7 @@ def collect(
     request = _coded(request, limits)
     deadline = request.deadline or limits.deadline
     content = Broadcast(request.order, request.flat).to_record()
-    digest = federation.sealed(content, deadline)
+    digest = federation.sealed(content, deadline, request.kind)
     asked = [
         Message(
             content,

@@ -31,10 +31,10 @@ class Seals:
         """
         return cls(load_signing_key(folder / KEY), folder)
 
-    def order(self, record: RecordDict, within: float) -> str:
-        """Seal an order that is to be answered within so many seconds; its digest."""
+    def order(self, record: RecordDict, within: float, kind: str) -> str:
+        """Seal an order that is to be answered within so many seconds, as a request of this kind alone; its digest."""
         now = envelope.now()
-        return envelope.closed(record, self.key, envelope.Seal("order", now, now + within, "", ""))
+        return envelope.closed(record, self.key, envelope.Seal(envelope.order_of(kind), now, now + within, "", ""))
 
     def answer(self, record: RecordDict, site: str, order: str) -> str:
         """Check the seal of an answer and take it off; the head of the site's audit log, "<lines>:<hash>".

@@ -8,7 +8,7 @@ from torch import Tensor
 from medfl import site_synthesis
 from medfl.data.fractions import labels_key, rows_with_labels, rows_with_masks
 from medfl.data.sample import SiteData, labelled
-from medfl.errors import ConfigError, DataError
+from medfl.errors import ConfigError, DataError, PolicyError
 from medfl.site_queues import patient_codes
 from medfl.training import Task
 from medfl.workshop import Workshop
@@ -92,6 +92,12 @@ def _taught(shop: Workshop, data: SiteData) -> Tensor:
     if not len(rows):
         what = "mask" if masked else "label"
         raise DataError(f"site '{data.name}': no training image has a known {what}, so it cannot take part.")
+    least = int(shop.study.sites.get("min_images", 0)) if shop.study.study_id else 0  # what policy.least_images says
+    if len(rows) < least:
+        raise PolicyError(
+            f"site '{data.name}': {len(rows)} images would be trained on with their {'mask' if masked else 'label'}, "
+            f"policy.least_images asks for {least}. Take a larger share of them (finetune.fractions)."
+        )
     return rows
 
 

@@ -246,6 +246,7 @@ class Study:
             "rounds.keep_checkpoints": self.rounds.keep_checkpoints,
             "rounds.codebook_images": self.rounds.codebook_images,
             "rounds.queue_age": self.rounds.queue_age,
+            "rounds.refresh_volumes": self.rounds.refresh_volumes,
         }.items():
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, need at least 1.")

@@ -19,7 +19,7 @@ from medfl import admission, config
 from medfl.codebooks import Book
 from medfl.data.fractions import rows_with_labels
 from medfl.data.sample import Split
-from medfl.errors import ConfigError, PrivacyError
+from medfl.errors import ConfigError, PolicyError, PrivacyError
 from medfl.methods.base import Method
 from medfl.methods.tokens import CodeStatistics
 from medfl.onsite import policy
@@ -258,6 +258,10 @@ def test_a_site_whose_ledger_was_set_back_obeys_no_more(tmp_path: Path) -> None:
         ledger.book([release], 1e-3, None, round=number)
         Audit(site.audit).write("answer", ledger="{}:{}".format(*ledger.head()))
     admission.check_ledger(site)
+    Audit(site.audit).write("answer", ledger="{}:{}".format(*ledger.head()), order="an order")
+    admission.check_ledger(site, "another order")
+    with pytest.raises(PolicyError, match="answered before"):  # whoever carries it could have it obeyed again
+        admission.check_ledger(site, "an order")
     ledger.path.write_bytes(ledger.path.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(PrivacyError, match="cannot be trusted"):
         admission.check_ledger(site)
@@ -360,7 +364,7 @@ def test_public_seeds_are_whole_codebooks() -> None:
 
 def test_the_sites_limits_win_and_a_study_without_privacy_is_refused() -> None:
     tree = {"privacy": dict(vars(settings())), "method": {"_target_": "medfl.methods.byol.BYOL"}, "stages": [],
-            "training": {}}  # fmt: skip
+            "training": {}, "rounds": {"refresh_volumes": 64, "codebook": "local"}}  # fmt: skip
     rules = SitePolicy(privacy={"max_epsilon": 3.0})
     assert policy.refusals(tree, rules) == []
     assert policy.private(tree, rules)["max_epsilon"] == 3.0

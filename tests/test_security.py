@@ -2,18 +2,21 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,11 +24,12 @@ from hypothesis import strategies as st
 from medfl import admission, arms, checkpoint, config, envelope, export
 from medfl.data.sample import Records
 from medfl.deployment import sealed
-from medfl.errors import CredentialError, MedflError
+from medfl.errors import ConfigError, CredentialError, MedflError, PolicyError
 from medfl.files import sha256
 from medfl.gate import ReplyRefused, admit
 from medfl.messages import RAW, Broadcast, Order, from_array
-from medfl.onsite.site_file import SiteFile
+from medfl.onsite import policy
+from medfl.onsite.site_file import SiteFile, SitePolicy
 from medfl.provision import app
 from medfl.provision.documents import Invitation, JoinRequest
 from medfl.provision.keys import load_signing_key, new_node_key, new_signing_key
@@ -54,9 +58,39 @@ def sealing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seals, Path]:
     return Seals.of(folder), folder
 
 
+ORDER = Order("study", "0" * 32, "local:site-1", "pretrain", 1, 3, 5, "", "nonce")
+TREE: dict[str, Any] = {"rounds": {"count": 3}, "stages": ["evaluate", "pretrain"]}
+
+
+def test_a_site_does_what_was_approved_and_stays_in_its_folder(tmp_path: Path) -> None:
+    site = SiteFile(tmp_path / "site.yaml", "a", policy=SitePolicy(least_steps=5))
+    for good in (ORDER, replace(ORDER, lineage="none", arm=""), replace(ORDER, arm="finetune:federated:a-b.c:0.1")):
+        admission._check_order(good, TREE, TREE, site, "pretrain")
+    for kind in ("finetune", "synthesize"):
+        with pytest.raises(PolicyError, match="the approved study has the stages evaluate, pretrain alone"):
+            admission._check_order(ORDER, TREE, TREE, site, kind)
+    words = ("/tmp/x", "../x", "a/../../b", "..", "x\n", "a:../b")
+    for name, word in itertools.product(("lineage", "parent", "arm"), words):
+        with pytest.raises(PolicyError, match=f"the order's {name} is none"):
+            admission._check_order(replace(ORDER, **{name: word}), TREE, TREE, site, "pretrain")
+    for changes in ({"steps": 4}, {"round": 4}, {"rounds": 9}):
+        with pytest.raises(PolicyError):
+            admission._check_order(replace(ORDER, **changes), TREE, TREE, site, "pretrain")
+
+
+def test_a_study_whose_sums_are_of_few_images_is_not_allowed() -> None:
+    tree = yaml.safe_load(config.compose(["method=dissect"]).source)
+    assert not [text for text in policy.refusals(tree, SitePolicy()) if "rounds" in text]
+    for key, value in {"refresh_volumes": 15, "codebook_images": 4}.items():
+        found = policy.refusals({**tree, "rounds": tree["rounds"] | {key: value}}, SitePolicy())
+        assert any(f"rounds.{key}={value}" in text for text in found)
+    with pytest.raises(ConfigError, match="refresh_volumes"):
+        config.compose(["rounds.refresh_volumes=-1"])
+
+
 def an_order(seals: Seals, nonce: str = "nonce-7", within: float = 60.0) -> str:
     order = Order("study", "line", "federated", "pretrain", 1, 3, 5, LAYOUT.digest, nonce)
-    return seals.order(Broadcast(order).to_record(), within)
+    return seals.order(Broadcast(order).to_record(), within, "train.pretrain")
 
 
 def closed(folder: Path, record: RecordDict, order: str, site: str = "a", at_time: float | None = None) -> RecordDict:

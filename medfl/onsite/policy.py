@@ -1,6 +1,6 @@
 """What a site's own rules say about a study and about one request of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 STAGES = {  # request, without its kind -> stages of which one must be allowed
@@ -8,6 +8,7 @@ STAGES = {  # request, without its kind -> stages of which one must be allowed
     "keys": ("pretrain", "finetune"), "shares": ("pretrain", "finetune"), "unmask": ("pretrain", "finetune"),
     "finetune": ("finetune",), "probe": ("evaluate", "transfer"), "synthesize": ("synthesize",),
 }  # fmt: skip
+CODE_IMAGES = 5  # behind the sums of a code, as behind a count
 NEEDED = ("pretrain", "finetune", "evaluate", "transfer", "synthesize")  # stages that ask something of a site
 
 
@@ -41,6 +42,7 @@ def refusals(study: Mapping[str, Any], rules: Rules) -> list[str]:
     found += [f"stage {stage}: policy.stages allows {', '.join(rules.stages) or 'none'}." for stage in wanted]
     if rules.privacy is not None and study["privacy"]["mechanism"] == "none":
         found.append("no differential privacy: policy.privacy asks for it (privacy=patient or privacy=group).")
+    found += _sums(study["rounds"], rules.least_batch)
     trainings = {"training": plan} if "pretrain" in study["stages"] else {}
     if "finetune" in study["stages"]:
         trainings["finetune"] = study["finetune"]
@@ -50,6 +52,14 @@ def refusals(study: Mapping[str, Any], rules: Rules) -> list[str]:
                 rule = f"policy.least_{key.partition('_')[0]}"
                 found.append(f"{section}.{key}={part[key]}: {rule} asks for {least} at least.")
     return found
+
+
+def _sums(rounds: Mapping[str, Any], least: int) -> Iterator[str]:
+    """Sums over so few images that single ones can be read from them."""
+    if rounds["refresh_volumes"] < least:
+        yield f"rounds.refresh_volumes={rounds['refresh_volumes']}: policy.least_batch asks for {least} at least."
+    if rounds["codebook"] != "local" and rounds["codebook_images"] < CODE_IMAGES:
+        yield f"rounds.codebook_images={rounds['codebook_images']}: sums of a code are of {CODE_IMAGES} images or more."
 
 
 def private(study: Mapping[str, Any], rules: Rules) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import yaml
 from flwr.app import ConfigRecord, Message
 
 from medfl import config
-from medfl.errors import MedflError
+from medfl.errors import ConfigError, MedflError
 from medfl.onsite.audit import Audit
 from medfl.run_folder import RunFolder
 from tests.federation.real import SMALL, STUDY_ID, SealedGrid, real_study
@@ -188,6 +188,28 @@ def test_a_reply_that_is_not_its_makers_costs_that_site_alone(change: object, tm
     weighed = {(event["site"], event["round"]) for event in folder.events() if event["name"] == "round/weight"}
     honest = {(name, number) for name in ("alpha", "gamma") for number in (1, 2)}
     assert weighed == honest | ({("beta", 1)} if change is _replayed else set())
+
+
+class OtherKind(SealedGrid):
+    """Gives beta its orders to train as requests of another kind: whoever carries messages could."""
+
+    def deliver(self, message: Message) -> Message:
+        if self.names[message.metadata.dst_node_id] == "beta" and message.metadata.message_type == "train.pretrain":
+            message.metadata.message_type = "query.refresh"
+        return super().deliver(message)
+
+
+def test_an_order_is_of_the_kind_that_it_was_sealed_as(tmp_path: Path) -> None:
+    folder = real_study(tmp_path, "arms=[federated]", "rounds.count=1").run(stages="pretrain", grid=OtherKind)
+    assert {event["site"] for event in folder.events() if event["name"] == "round/weight"} == {"alpha", "gamma"}
+    lines = [json.loads(line) for line in (tmp_path / "beta" / "audit.jsonl").read_text().splitlines()]
+    assert [line["code"] for line in lines if line["what"] == "refused"] == [21]
+
+
+def test_a_stage_that_was_not_approved_is_not_asked_for(tmp_path: Path) -> None:
+    study = real_study(tmp_path, "arms=[federated]", "stages=[pretrain,evaluate]")
+    with pytest.raises(ConfigError, match="the approved study has no 'finetune', only pretrain, evaluate"):
+        study.run(stages="pretrain,finetune")
 
 
 def test_a_revoked_site_and_an_order_of_another_key_do_not_count(tmp_path: Path) -> None:

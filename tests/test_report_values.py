@@ -1,14 +1,28 @@
 """What the report reads from a run's rows: budgets, rounds, and who took part."""
 
-from medfl.report import privacy
-from medfl.report.rows import Event
+import numpy as np
+
+from medfl.evaluation.counts import BINS
+from medfl.exports import card
+from medfl.report import predicted, privacy, sections, summary, transfer
+from medfl.report.rows import Counted, Event, Score, Transfer
 from medfl.report.tables import Run
 
+ENCODER = {
+    "architecture": {"_target_": "medfl.models.encoders.ResNet"},
+    "input": {"spatial_dims": 2, "channels": 1, "size": 8},
+    "provenance": {},
+    "sha256": "0",
+}
 PRIVATE = {"privacy": {"mechanism": "patient", "noise": 1.0, "clip": 1.0}}
 
 
 def event(name, value=1.0, *, arm="federated", at=1, site="", stage="pretrain", reason=""):
     return Event("", stage, arm, at, site, name, value, reason)
+
+
+def counted(arm, site):
+    return Counted(arm, site, "linear", 1.0, ("no", "yes"), 3, np.zeros((2, 2, BINS), int), np.zeros((2, 2), int))
 
 
 def spent(*told):
@@ -25,3 +39,28 @@ def test_a_tight_epsilon_counts_until_the_site_releases_more():
     last = (("epsilon_rdp", 16.0, "federated", 3), ("epsilon", 11.5, "federated", 3))
     for order in (last, last[::-1]):
         assert spent(*first, *order)["worst"] == "11.5"
+
+
+def test_a_real_study_tells_its_held_out_site_apart_everywhere():
+    """Only a simulation has sites.json; the study names the held-out one of real sites."""
+    better = {"random": 0.6, "federated": 0.8}
+    scores = [
+        Score(arm, site, "classification", "linear", 1.0, "auc", auc - 0.3 * (site == "c"), 0.1, 0.9)
+        for arm, auc in better.items()
+        for site in "abc"
+    ]
+    scores += [Score(f"local:{site}", site, "classification", "linear", 1.0, "auc", 0.7, 0.6, 0.8) for site in "ab"]
+    rows = [
+        Transfer(arm, site, "representation", "auc", auc, 0.1, 0.9) for arm, auc in better.items() for site in "abc"
+    ]
+    counts = tuple(counted(arm, site) for arm in better for site in "abc")
+    run = Run("run", {"sites": {"held_out": "c"}}, scores=tuple(scores), transfers=tuple(rows), counts=counts)
+    table = summary.compare_arms(run, "linear", "auc")
+    assert (table.compared, table.unseen, dict(table.left_out)) == (("a", "b"), ("c",), {})
+    assert predicted.shared_sites(run, "linear") == ["a", "b"]
+    assert ("c", "unseen") in transfer.section(run)["matrices"][0]["columns"]
+    assert ("Sites", "2, and 1 unseen") in sections.study(run, table)["facts"]
+    text = card.render(run, ENCODER, name="federated", width=8, uses={})
+    assert "AUC (unseen sites) | 0.500" in text
+    assert "AUC | 0.800" in text
+    assert not Run("run", {"sites": {"held_out": "U"}}, scores=tuple(scores)).unseen

@@ -47,13 +47,12 @@ def _matrix(run: Run, kind: str, metric: str, cells: Cells, scale: tuple[float, 
     asked = [row for row in run.transfers if (row.kind, row.metric) == (kind, metric)]
     columns = [site for site in ordered_sites(run) if any(row.tested_on == site for row in asked)]
     origins = [o for o in (*columns, *TITLES) if any(row.trained_on == o for row in asked)]
-    unseen = {site.name for site in run.sites if site.held_out}
     heading, words = KINDS[kind]
-    seen = [site for site in columns if site not in unseen]
+    seen = [site for site in columns if site not in run.unseen]
     return {
         "heading": heading,
         "note": f"{metric_name(metric)[:1].upper()}{metric_name(metric)[1:]} {words}.",
-        "columns": [(site, "unseen" if site in unseen else "") for site in columns],
+        "columns": [(site, "unseen" if site in run.unseen else "") for site in columns],
         "rows": [
             {
                 "name": TITLES.get(origin, origin),
@@ -62,7 +61,7 @@ def _matrix(run: Run, kind: str, metric: str, cells: Cells, scale: tuple[float, 
             }
             for origin in origins
         ],
-        "facts": _facts(cells, seen, [site for site in columns if site in unseen]),
+        "facts": _facts(cells, seen, [site for site in columns if site in run.unseen]),
         "gaps": [text for text in (recovered_own(cells, seen), recovered_cross(cells, seen)) if text],
     }
 

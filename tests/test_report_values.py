@@ -4,7 +4,7 @@ import numpy as np
 
 from medfl.evaluation.counts import BINS
 from medfl.exports import card
-from medfl.report import predicted, privacy, sections, summary, transfer
+from medfl.report import panels, predicted, privacy, sections, summary, transfer
 from medfl.report.rows import Counted, Event, Score, Transfer
 from medfl.report.tables import Run
 
@@ -64,3 +64,15 @@ def test_a_real_study_tells_its_held_out_site_apart_everywhere():
     assert "AUC (unseen sites) | 0.500" in text
     assert "AUC | 0.800" in text
     assert not Run("run", {"sites": {"held_out": "U"}}, scores=tuple(scores)).unseen
+
+
+def test_a_round_is_finished_when_it_is_closed_and_not_before():
+    closed = (event("loss/total", at=2), event("round/sites", 3.0, at=2))
+    failed = [event(name, at=3, site="a", reason="late") for name in ("refused", "joined", "phase", "remark")]
+    run = Run("run", {"rounds": {"count": 3}}, events=(*closed, *failed))
+    assert panels.rounds_of(run) == {"federated": 2}
+    facts = dict(sections.study(run, summary.headline(run))["facts"])
+    assert facts["Federated rounds"] == "2 of 3 done"
+    assert facts["Pretraining"] == "not finished: federated"
+    skipped = event("round/sites", 0.0, at=3)  # of a phase that no site can teach
+    assert panels.rounds_of(Run("run", events=(*closed, skipped))) == {"federated": 3}

@@ -76,3 +76,16 @@ def test_a_round_is_finished_when_it_is_closed_and_not_before():
     assert facts["Pretraining"] == "not finished: federated"
     skipped = event("round/sites", 0.0, at=3)  # of a phase that no site can teach
     assert panels.rounds_of(Run("run", events=(*closed, skipped))) == {"federated": 3}
+
+
+def test_a_site_that_trained_without_a_score_of_its_own_keeps_its_row():
+    values = {"aa": 0.8, "ba": 0.7, "ca": 0.9, "ab": 0.7, "bb": 0.9, "cb": 0.5}
+    cells = {**{(name[0], name[1]): value for name, value in values.items()}, ("federated", "a"): 0.85}
+    rows = [Transfer(*where, "representation", "auc", value, value, value) for where, value in cells.items()]
+    matrix = transfer.section(Run("run", transfers=tuple(rows)))["matrices"][0]
+    assert [row["name"] for row in matrix["rows"]] == ["a", "b", "c", "Federated"]
+    assert [name for name, _ in matrix["columns"]] == ["a", "b"]
+    facts = dict(matrix["facts"])
+    assert facts["Other sites (off-diagonal mean)"].startswith("0.700")  # of 0.8 at a and 0.6 at b
+    assert facts["Federated minus the best single site"] == "a −0.050"
+    assert facts["Asymmetry, mean of |there − back|"] == "0.000"

@@ -161,6 +161,18 @@ def join(splits: Sequence[Split]) -> Split:
     )
 
 
+def stretch(split: Split, first: int, count: int) -> Split:
+    """`count` images from the `first` on; what `join` put there."""
+    rows = slice(first, first + count)
+    return Split(
+        images=split.images[rows],
+        labels=split.labels[rows],
+        patients=split.patients[rows],
+        masks=None if split.masks is None else split.masks[rows],
+        findings=None if split.findings is None else split.findings[rows],
+    )
+
+
 def class_counts(site: SiteData) -> dict[str, int]:
     """How many training images are of each class, or have each finding; those without one are "none"."""
     counts = {name: int((site.train.labels == place).sum()) for place, name in enumerate(site.classes)}

@@ -265,6 +265,11 @@ class Study:
                 "stages: synthesize makes images of patients and counts of them, without any privacy. Leave it out, or "
                 "take privacy=none."
             )
+        if self.data.get("slab_splits") and self.privacy.on:
+            raise ConfigError(
+                "data.slab_splits: each slab counts as a patient, so privacy would be that of a slab, not of a person. "
+                "Set it to null, or take privacy=none."
+            )
         if self.training.parts > 1 and self.privacy.on:
             raise ConfigError("training.parts: under privacy gradients are of single patients or groups. Set it to 1.")
         if self.training.checkpointing and self.privacy.on:

@@ -11,6 +11,7 @@ from torch import Tensor
 from medfl.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
+SLAB = " slab "  # in the patient id of a slab, before its number
 UNLABELLED = 255  # in every voxel of a mask that nobody has drawn
 
 
@@ -171,6 +172,17 @@ def stretch(split: Split, first: int, count: int) -> Split:
         masks=None if split.masks is None else split.masks[rows],
         findings=None if split.findings is None else split.findings[rows],
     )
+
+
+def slab_of(person: str, number: int) -> str:
+    """The patient id of one slab of a person whose slabs are in several splits."""
+    return f"{person}{SLAB}{number}"
+
+
+def person_of(patient: str) -> str:
+    """Whose slab it is; any other id as it is."""
+    person, _, number = patient.rpartition(SLAB)
+    return person if person and number.isdecimal() else patient
 
 
 def class_counts(site: SiteData) -> dict[str, int]:

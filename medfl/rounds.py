@@ -45,7 +45,8 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     if not able:
         server.round += 1
         text = f"phase '{phase}': no site of this arm holds what it needs ({needed}); the weights stay."
-        federation.folder.write([Event(federation.stage, server.arm, server.round, "", "remark", 1.0, text)])
+        said = {"round/sites": (0.0, ""), "remark": (1.0, text)}  # the first closes the round, as that of others
+        federation.folder.write(Event(federation.stage, server.arm, server.round, "", n, *v) for n, v in said.items())
         return
     order = order_of(study, server, server.round + 1, steps)
     request = Request(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medfl import site_synthesis
 from medfl.data.fractions import labels_key, rows_with_labels, rows_with_masks
-from medfl.data.sample import SiteData, labelled
+from medfl.data.sample import SiteData, labelled, stretch
 from medfl.errors import ConfigError, DataError, PolicyError
 from medfl.site_queues import patient_codes
 from medfl.training import Task
@@ -49,7 +49,7 @@ def build(shop: Workshop, data: SiteData, images: Tensor, patients: Tensor, memb
     """
     train, method = data.train, shop.method
     if method.labelled or method.masked_only:
-        rows = _taught(shop, data)
+        rows = _taught(shop, data, members)
         chosen = images if len(rows) == len(images) else images[rows.to(images.device)]
         masks = None if train.masks is None else train.masks[rows]
         labels = _labels(shop, data)[rows]
@@ -82,13 +82,15 @@ def _labels(shop: Workshop, data: SiteData) -> Tensor:
     return data.train.labels if found is None else found
 
 
-def _taught(shop: Workshop, data: SiteData) -> Tensor:
-    """Rows of the patients whose labels (or masks) may be read."""
-    plan, masked = shop.study.training, shop.method.masked_only
-    rows_of = rows_with_masks if masked else rows_with_labels
-    key = labels_key(shop.study.seed, data.name)
-    alone = shop.study.privacy.on
-    rows = rows_of(data.train, plan.label_fraction, least=plan.label_least, key=key, alone=alone)
+def _taught(shop: Workshop, data: SiteData, members: Mapping[str, int]) -> Tensor:
+    """Rows of the patients whose labels (or masks) may be read: in the place with all data, those of every site."""
+    plan, masked, alone = shop.study.training, shop.method.masked_only, shop.study.privacy.on
+    rows_of, found, first = rows_with_masks if masked else rows_with_labels, [], 0
+    for site, count in members.items():  # in the order in which `pool` joins them
+        own, key = stretch(data.train, first, count), labels_key(shop.study.seed, site)
+        found.append(first + rows_of(own, plan.label_fraction, least=plan.label_least, key=key, alone=alone))
+        first += count
+    rows = torch.cat(found)
     if not len(rows):
         what = "mask" if masked else "label"
         raise DataError(f"site '{data.name}': no training image has a known {what}, so it cannot take part.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medfl.errors import ConfigError, one_of
+from medfl.names import ARMS
 from medfl.protection import Privacy, Secagg, Section
 
 Node = dict[str, Any]  # one component: `_target_` and the arguments of that one constructor call
@@ -14,7 +15,6 @@ LEAST_COUNT = 3  # patients behind a count that may leave a site
 PROTOCOLS = ("linear", "knn", "classifier", "fusion", "segmentation")
 TUNED = ("finetune", "head", "federated_finetune", "federated_head", "central_finetune")
 AT_ONE_SITE = ("finetune", "head")  # of TUNED: a network of one site, for everybody's steps
-ARMS = ("random", "local", "federated", "central")
 WIRES = ("fp32", "bf16", "fp16", "int8", "topk")
 MOST_SHARE = 0.5  # of values in wire=topk: each takes its place along, so more would be no smaller than all
 
@@ -265,6 +265,11 @@ class Study:
             raise ConfigError(
                 "stages: synthesize makes images of patients and counts of them, without any privacy. Leave it out, or "
                 "take privacy=none."
+            )
+        if self.data.get("slab_splits") and self.privacy.on:
+            raise ConfigError(
+                "data.slab_splits: each slab counts as a patient, so privacy would be that of a slab, not of a person. "
+                "Set it to null, or take privacy=none."
             )
         if self.training.parts > 1 and self.privacy.on:
             raise ConfigError("training.parts: under privacy gradients are of single patients or groups. Set it to 1.")

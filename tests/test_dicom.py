@@ -265,6 +265,7 @@ BROKEN: dict[str, Callable[[Files], Any]] = {
     "no number": no_number,
     "negative": tag(0, "PixelSpacing", ["-1", "1"]),
     "colours": tag(0, "PhotometricInterpretation", CANARIES[0]),
+    "palette": lambda files: [setattr(one, "PhotometricInterpretation", "PALETTE COLOR") for one in files],
     "inverted": tag(0, "PhotometricInterpretation", "MONOCHROME1"),
     "compressed": compressed,
     "syntax": lambda files: None,  # see below
@@ -282,6 +283,7 @@ REFUSED = {
     "no number": "PixelSpacing that is no number",
     "negative": "not above 0 mm",
     "colours": "unknown PhotometricInterpretation",
+    "palette": "unknown PhotometricInterpretation. Need one of MONOCHROME1",
     "inverted": "several sizes or kinds",
     "compressed": "JPEG Lossless.*no installed decoder reads",
     "syntax": "no known transfer syntax",

@@ -118,6 +118,7 @@ def test_init_makes_private_keys_and_a_request_without_secrets(place: SiteFile, 
     ("change", "found"),
     [
         ("site: A", "small|a-z"),
+        ("site: central", "no arm's .random, local, federated, central"),
         ("site: a\npolicy: {methds: [simclr]}", "policy.methds'. Did you mean 'policy.methods'"),
         ("site: a\nprot: 9094", "Did you mean 'port'"),
         ("site: a\ndevice: tpu", "auto, cpu, cuda"),

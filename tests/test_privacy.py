@@ -398,6 +398,11 @@ def test_settings_that_protect_nothing_are_refused(tmp_path: Path) -> None:
         config.build(config.compose(["method=simclr"]).method).isolate()
     with pytest.raises(ConfigError, match="synthesize makes images of patients"):
         config.compose(["privacy=patient", "method=byol", "stages=[synthesize,pretrain]"])
+    slabs = ["method=byol", "data=multimodal", "data.root=x", "data.slabs=2", "data.slab_splits=[train,test]"]
+    assert config.compose(slabs).data["slab_splits"] == ["train", "test"]
+    for mechanism in ("patient", "group"):
+        with pytest.raises(ConfigError, match=r"data\.slab_splits: each slab counts as a patient.*not of a person"):
+            config.compose([*slabs, f"privacy={mechanism}"])
     study = config.compose([f"run.dir={tmp_path}", "privacy=patient", "method=byol", "privacy.delta=0.09"])
     assert Guard(study, "a", isolated("method", "byol", 2), torch.arange(11)).delta == 0.09
     with pytest.raises(ConfigError, match="need at most 1 / 12: to publish one patient in full"):

@@ -20,6 +20,7 @@ from medfl.data.phantom import Phantom
 from medfl.data.sample import UNLABELLED, Records, SiteData, choose, present
 from medfl.data.sites import Sites, describe, pool
 from medfl.errors import ConfigError, DataError
+from medfl.names import ARMS
 from tests.shared_data import shared
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -449,6 +450,9 @@ def test_data_that_cannot_be_divided_are_refused(records: Records) -> None:
         preset("iid").partition(small, 0)
     with pytest.raises(DataError, match="the data name no sites"):
         preset("natural").partition(small, 0)
+    for arm in ARMS:
+        with pytest.raises(DataError, match=f"got a site '{arm}', need other names than random, local, federated"):
+            preset("natural").partition(replace(small, sites=("east",) * 30 + (arm,) * 30), 0)
     lopsided = replace(small, sites=("big",) * 55 + ("tiny",) * 5)
     with pytest.raises(DataError, match=r"site 'tiny': got \d train, \d val, \d test images, need at least 8 train"):
         preset("natural").partition(lopsided, 0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medfl import config
 from medfl.allowed import METRIC
-from medfl.data.sample import UNLABELLED, SiteData, Split
+from medfl.data.sample import UNLABELLED, SiteData, Split, slab_of
 from medfl.data.subject import REGIONS
 from medfl.errors import ConfigError
 from medfl.evaluation.at_site import probe
@@ -171,6 +171,14 @@ def test_averages_leave_out_what_is_undefined() -> None:
     assert found["some"].low == pytest.approx(low, abs=0.03)
     assert found["some"].high == pytest.approx(high, abs=0.03)
     assert Table({}, ()).averages(resamples=5, seed=0) == {}
+
+
+def test_slabs_of_one_brain_are_resampled_together() -> None:
+    values = np.repeat(np.random.default_rng(1).random(6), 4)  # the slabs of a brain are alike
+    people = [f"p slab {n}" for n in range(6)]  # ids that look like slabs themselves
+    slabs = Table({"dice": values}, tuple(slab_of(person, n) for person in people for n in range(4)))
+    whole = Table({"dice": values}, tuple(person.replace(" slab ", "-") for person in people for _ in range(4)))
+    assert slabs.averages(resamples=500, seed=3) == whole.averages(resamples=500, seed=3)
 
 
 # at a site

@@ -39,7 +39,8 @@ GROUPS = {  # of enhanced multi-frame images -> what they say
 BINARY = ("Rows", "Columns", "SamplesPerPixel")  # 16 bits each; the other numbers are written as text
 LENGTHS = {"ImageOrientationPatient": 6, "ImagePositionPatient": 3, "PixelSpacing": 2, "ImagerPixelSpacing": 2}
 LENGTHS |= {"NominalScannedPixelSpacing": 2}
-COLOURS = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "PALETTE COLOR")
+# Without PALETTE COLOR: its numbers are places in a table, not intensities.
+COLOURS = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM"}
 
 SAME_DIRECTION = 1e-2  # largest difference of a direction's components
@@ -102,7 +103,7 @@ def read(path: Path, shown: Path) -> Header | None:
     if not {"Rows", "Columns"} <= numbers.keys():
         return None
     if not colour <= set(COLOURS):  # the decoder would show the text
-        raise DataError(f"{shown}: has an unknown {COLOUR}. Need one of {', '.join(COLOURS)}.")
+        raise DataError(f"{shown}: has an unknown {COLOUR}. Need one of {', '.join(COLOURS)}. Export it as one.")
     _check_decoder(syntax, shown)
     count = int(numbers.get("NumberOfFrames", [1])[0])
     merged = [numbers | shared | (frames[index] if index < len(frames) else {}) for index in range(max(count, 1))]

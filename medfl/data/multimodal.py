@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medfl.data import subject
 from medfl.data.datalist import Row, cells, read_rows, split_of
-from medfl.data.sample import SPLITS, UNLABELLED, Records, named, number, require, whole
+from medfl.data.sample import SPLITS, UNLABELLED, Records, named, number, require, slab_of, whole
 from medfl.data.splits import check_patients
 from medfl.data.subject import CONVENTIONS, NORMALIZATIONS, REGIONS, Files
 from medfl.errors import DataError
@@ -102,7 +102,7 @@ class Multimodal:
         parts = range(self.slabs)
         patients, splits = [person for person in people for _ in parts], [split for split in given for _ in parts]
         if self.slab_splits is not None:
-            patients = [f"{person} slab {part + 1}" for person in people for part in parts]
+            patients = [slab_of(person, part + 1) for person in people for part in parts]
             splits = list(self.slab_splits) * len(rows)
             log.warning("data.slab_splits: each of the %d brains is in several splits.", len(rows))
         return Records(

@@ -11,6 +11,7 @@ from torch import Tensor
 from medfl.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
+SLAB = " slab "  # in the patient id of a slab, before its number
 UNLABELLED = 255  # in every voxel of a mask that nobody has drawn
 
 
@@ -159,6 +160,29 @@ def join(splits: Sequence[Split]) -> Split:
         masks=torch.cat(masks) if len(masks) == len(splits) else None,
         findings=torch.cat(findings) if len(findings) == len(splits) else None,
     )
+
+
+def stretch(split: Split, first: int, count: int) -> Split:
+    """`count` images from the `first` on; what `join` put there."""
+    rows = slice(first, first + count)
+    return Split(
+        images=split.images[rows],
+        labels=split.labels[rows],
+        patients=split.patients[rows],
+        masks=None if split.masks is None else split.masks[rows],
+        findings=None if split.findings is None else split.findings[rows],
+    )
+
+
+def slab_of(person: str, number: int) -> str:
+    """The patient id of one slab of a person whose slabs are in several splits."""
+    return f"{person}{SLAB}{number}"
+
+
+def person_of(patient: str) -> str:
+    """Whose slab it is; any other id as it is."""
+    person, _, number = patient.rpartition(SLAB)
+    return person if person and number.isdecimal() else patient
 
 
 def class_counts(site: SiteData) -> dict[str, int]:

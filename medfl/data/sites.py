@@ -1,6 +1,4 @@
-"""Who holds what: one data set divided among sites by patient, each with its scanner, its labels and its
-size.
-"""
+"""Who holds what: one data set divided among sites by patient, each with its scanner, its labels and its size."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from medfl.data.sample import (
 )
 from medfl.data.splits import check_patients, complete, label_of_patient
 from medfl.errors import ConfigError, DataError
+from medfl.names import ARMS
 from medfl.seeding import key
 
 NATURAL = "natural"
@@ -134,6 +133,11 @@ class Sites:
         if records.sites is None:
             raise DataError("sites=natural: the data name no sites. Set data.site to the column, or choose sites=iid.")
         known = sorted(set(records.sites))
+        if taken := [name for name in ARMS if name in known]:
+            raise DataError(
+                f"sites=natural: got a site {taken[0]!r}, need other names than {', '.join(ARMS)}: arms are called so. "
+                "Rename it in the column of data.site."
+            )
         if self.held_out is not None and self.held_out not in known:
             raise ConfigError(f"sites.held_out: got {self.held_out!r}, need one of {', '.join(known)}, or null.")
 
@@ -231,9 +235,7 @@ def _keep(part: Split, kept: Sequence[str], known: Sequence[str], site: str) -> 
 
 
 def sample_keys(patients: Sequence[str]) -> list[int]:
-    """A key for every image that does not depend on the other patients: its patient and its number among
-    theirs.
-    """
+    """A key for every image that does not depend on the other patients: its patient and its number among theirs."""
     seen: Counter[str] = Counter()
     keys = []
     for patient in patients:

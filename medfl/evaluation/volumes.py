@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfl.data.sample import Split, labelled, present
+from medfl.data.sample import Split, labelled, person_of, present
 from medfl.errors import ConfigError
 from medfl.evaluation.fusion_metrics import FUSION
 from medfl.evaluation.metrics import Array, Labels, mean, ratio
@@ -33,7 +33,10 @@ class Segments(Protocol):
 
 @dataclass(frozen=True)
 class Table:
-    """Metrics of N images, name -> (N,), NaN where undefined, and the N patients."""
+    """Metrics of N images, name -> (N,), NaN where undefined, and the N patients.
+
+    Slabs of one brain that count as patients elsewhere are drawn together: their errors are not independent.
+    """
 
     columns: Mapping[str, Array]
     patients: tuple[str, ...]
@@ -42,9 +45,9 @@ class Table:
         """The mean of each metric with its interval over resampled patients, and `n_test`; {} without images."""
         if not self.patients:
             return {}
-        zeros = np.zeros(len(self.patients), dtype=np.int64)
+        zeros, people = np.zeros(len(self.patients), dtype=np.int64), [person_of(one) for one in self.patients]
         intervals = {
-            name: bootstrap(_mean, values[:, None], zeros, self.patients, resamples=resamples, seed=seed)
+            name: bootstrap(_mean, values[:, None], zeros, people, resamples=resamples, seed=seed)
             for name, values in self.columns.items()
         }
         return {**intervals, "n_test": Interval(float(len(self.patients)), None, None)}

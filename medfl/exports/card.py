@@ -157,8 +157,7 @@ def _sites(run: Run, arm: Arm) -> str:
     """How many, with how many training images; real sites tell their size when they enrol."""
     sizes = {e.site: int(e.value) for e in run.events if (e.stage, e.name) == ("enrol", "site/train")}
     sizes |= {site.name: site.train for site in run.sites}
-    unseen = {site.name for site in run.sites if site.held_out}
-    trained = sorted((n for name, n in sizes.items() if name not in (*unseen, "central")), reverse=True)
+    trained = sorted((n for name, n in sizes.items() if name not in (*run.unseen, "central")), reverse=True)
     if arm.site:
         return f"1 of {len(trained)}, with {sizes.get(arm.site, NONE)} training images"
     if arm.encoder == "random" and not arm.protocol:
@@ -166,21 +165,20 @@ def _sites(run: Run, arm: Arm) -> str:
     if not trained:
         return NONE
     text = f"{len(trained)}, with {', '.join(f'{n:,}' for n in trained)} training images"
-    return text + f"; {len(unseen)} more took no part in training" * bool(unseen)
+    return text + f"; {len(run.unseen)} more took no part in training" * bool(run.unseen)
 
 
 def _scores(run: Run, arm: Arm) -> list[str]:
     """One row a metric, over the sites that trained and over those that took no part."""
-    held_out = {site.name for site in run.sites if site.held_out}
     own = [s for s in run.scores if arm.owns(s) and s.value is not None and not _left_out(s.metric)]
     own.sort(key=lambda s: s.metric not in MAIN)
-    groups = dict.fromkeys((s.protocol, s.metric, s.site in held_out) for s in own)
+    groups = dict.fromkeys((s.protocol, s.metric, s.site in run.unseen) for s in own)
     if not groups:
         return ["No score of this arm is in the run folder."]
     untrained = Arm("random", arm.protocol, arm.site, arm.fraction)
     rows = []
     for protocol, metric, unseen in groups:
-        at = {s.site: _estimate(s) for s in own if _is(s, protocol, metric) and (s.site in held_out) == unseen}
+        at = {s.site: _estimate(s) for s in own if _is(s, protocol, metric) and (s.site in run.unseen) == unseen}
         base = [s for s in run.scores if untrained.owns(s) and _is(s, protocol, metric) and s.site in at]
         known = [_estimate(s) for s in base if s.value is not None]
         floor = mean(known) if len(known) == len(at) and untrained.encoder != arm.encoder else None

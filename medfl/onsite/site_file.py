@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from medfl.errors import ConfigError, one_of
+from medfl.names import ARMS
 from medfl.study import STAGES, Node
 
 T = TypeVar("T")
@@ -108,6 +109,8 @@ class SiteFile:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.site):
             raise ConfigError(f"site: got {self.site!r}, need 1 to 40 of a-z, 0-9 and -, such as hospital-a.")
+        if self.site in ARMS:
+            raise ConfigError(f"site: got {self.site!r}, need a name that is no arm's ({', '.join(ARMS)}). Add a word.")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads: got {self.threads}, need at least 1, or null.")

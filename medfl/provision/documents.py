@@ -19,6 +19,7 @@ from cryptography.x509 import load_pem_x509_certificate
 
 from medfl import PROTOCOL, __version__
 from medfl.errors import ConfigError, CredentialError, MedflError, VersionError
+from medfl.names import ARMS
 from medfl.provision.keys import public_of, sign, verify
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
@@ -199,10 +200,9 @@ def check_site(name: str) -> None:
     Raises:
         ConfigError: no site name.
     """
-    if not SITE_NAME.fullmatch(name):
-        raise ConfigError(
-            f"site: got {name[:LINE]!r}, need 1 to 40 small letters, digits or hyphens, such as hospital-a."
-        )
+    if not SITE_NAME.fullmatch(name) or name in ARMS:
+        need = f"need 1 to 40 small letters, digits or hyphens, such as hospital-a, and not {', '.join(ARMS)}"
+        raise ConfigError(f"site: got {name[:LINE]!r}, {need}.")
 
 
 def check_line(key: str, text: str) -> None:

@@ -11,6 +11,7 @@ from medfl.report.words import TITLES, TUNED, Tuned, taken_apart
 
 GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
 PHASE = "phase"  # of the events; the reason is the phase's name
+CLOSED = "round/sites"  # of the events: written when a round is over, and not before
 POINTS = 1600  # of one panel; longer runs are drawn with every k-th round
 COLOURS = 8  # lines that can be told apart; with more sites they are all grey
 MONITORS = {  # event -> (heading, unit, how to read it)
@@ -153,10 +154,10 @@ def collapse_words(run: Run) -> str:
 
 
 def rounds_of(run: Run) -> dict[str, int]:
-    """Finished rounds of each arm in the pretrain stage."""
+    """Finished rounds of each arm in the pretrain stage; refusals and remarks of one may come before it fails."""
     found: dict[str, int] = {}
     for event in run.events:
-        if event.stage == "pretrain" and event.arm:  # what is of no arm is of the whole stage
+        if (event.stage, event.name) == ("pretrain", CLOSED):
             found[event.arm] = max(found.get(event.arm, 0), event.round)
     return {arm: found[arm] for arm in sorted(found, key=_arm_order)}
 

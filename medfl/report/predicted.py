@@ -62,8 +62,8 @@ def shared_sites(run: Run, protocol: str) -> list[str]:
     """The sites that trained and have counts of every kind of arm that any site has."""
     found = _cells(run, protocol)
     kinds = [kind for kind in SHOWN if any(kind == known for known, _ in found)]
-    unseen = {site.name for site in run.sites if site.held_out}
-    return [site for site in ordered_sites(run) if site not in unseen and all((kind, site) in found for kind in kinds)]
+    seen = [site for site in ordered_sites(run) if site not in run.unseen]
+    return [site for site in seen if all((kind, site) in found for kind in kinds)]
 
 
 def sites_with_counts(run: Run, protocol: str) -> list[str]:

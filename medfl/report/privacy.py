@@ -12,11 +12,7 @@ def section(run: Run) -> Section:
     node = study_node(run, "privacy")
     if node.get("mechanism") in (None, "none"):
         return {"rows": [], "mechanism": "", "attacks": _attacks(run)} if run.audit else {}
-    told: dict[str, dict[str, float]] = {}
-    for event in run.events:
-        if event.site and event.name in NAMES:
-            found = told.setdefault(event.site, {})
-            found[event.name] = max(event.value, found.get(event.name, 0.0))
+    told = _told(run)
     rows = [(site, *_cells(told[site])) for site in ordered_sites(run) if site in told]
     worst = max((min(_bounds(one)) for one in told.values() if _bounds(one)), default=None)
     return {
@@ -56,8 +52,27 @@ def _attacks(run: Run) -> Section:
                                                    else [])]}  # fmt: skip
 
 
+def _told(run: Run) -> dict[str, dict[str, float]]:
+    """Site -> name -> what its whole ledger came to when it was last told.
+
+    The tighter accountant is told in the last round of each training alone: what a site releases after that is not
+    in it, so it holds until the site tells of another round.
+    """
+    told: dict[str, dict[str, float]] = {}
+    rounds: dict[str, tuple[str, str, int]] = {}  # of each site, the one it told of last
+    for event in run.events:
+        if not event.site or event.name not in NAMES:
+            continue
+        found, place = told.setdefault(event.site, {}), (event.stage, event.arm, event.round)
+        if rounds.get(event.site) != place:
+            found.pop("site/epsilon", None)
+        rounds[event.site] = place
+        found[event.name] = max(event.value, found.get(event.name, 0.0))
+    return told
+
+
 def _bounds(told: dict[str, float]) -> list[float]:
-    """ε by each accountant that was told last; the tighter one is told at the end of each training alone."""
+    """ε by each accountant; both bound the same releases, so the smaller one holds."""
     rdp, tight = told.get("site/epsilon_rdp"), told.get("site/epsilon")
     return [value for value in (rdp, tight) if value]
 

@@ -186,7 +186,7 @@ def _encoder(run: Run) -> list[tuple[str, str]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     rounds, training = study_node(run, "rounds"), study_node(run, "training")
-    unseen = sum(site.held_out for site in run.sites)
+    unseen = len(run.unseen)
     count = len(run.sites or ordered_sites(run)) - unseen
     done = panels.rounds_of(run).get("federated", 0)
     facts = {

@@ -106,10 +106,9 @@ def compare_arms(run: Run, protocol: str, metric: str, fraction: float = ALL) ->
     scores = [s for s in run.scores if (s.protocol, s.metric, s.label_fraction) == (protocol, metric, fraction)]
     cells = {(kind, s.site): estimate for s in scores if (kind := _kind(s)) and (estimate := _estimate(s))}
     arms = tuple(arm for arm in ARMS if any(arm == kind for kind, _ in cells))
-    held_out = {site.name for site in run.sites if site.held_out}
     reported = {s.site for s in run.scores} if scores else set()  # a site without this metric is named, not lost
     tested = [site for site in ordered_sites(run) if site in reported]
-    short = {site: [arm for arm in arms if (arm, site) not in cells] for site in tested if site not in held_out}
+    short = {site: [arm for arm in arms if (arm, site) not in cells] for site in tested if site not in run.unseen}
     return Comparison(
         protocol=protocol,
         metric=metric,
@@ -117,7 +116,7 @@ def compare_arms(run: Run, protocol: str, metric: str, fraction: float = ALL) ->
         cells=cells,
         arms=arms,
         compared=tuple(site for site, lacking in short.items() if not lacking and arms),
-        unseen=tuple(site for site in tested if site in held_out),
+        unseen=tuple(site for site in tested if site in run.unseen),
         left_out={
             site: _why(lacking, arms, protocol, metric) for site, lacking in short.items() if lacking or not arms
         },

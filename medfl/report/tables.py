@@ -65,6 +65,14 @@ class Run:
                 found.setdefault((event.name, event.arm, event.site), []).append((event.round, event.value))
         return {key: tuple(sorted(points, key=lambda point: point[0])) for key, points in found.items()}
 
+    @cached_property
+    def unseen(self) -> frozenset[str]:
+        """The sites that never train. Only a simulation lists its sites; the study names that of real ones."""
+        if self.sites:
+            return frozenset(site.name for site in self.sites if site.held_out)
+        named = study_node(self, "sites").get("held_out")
+        return frozenset(site for site in ordered_sites(self) if site == named)
+
 
 def read_run(run_dir: Path) -> Run:
     """The run in `run_dir`, whatever of it exists.

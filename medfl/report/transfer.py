@@ -1,6 +1,6 @@
 """The section on transfer: what was trained at one site and tested at another, as heat maps with their summaries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from medfl.report.cells import NONE, Section
 from medfl.report.figures import padded
@@ -46,14 +46,13 @@ def _matrix(run: Run, kind: str, metric: str, cells: Cells, scale: tuple[float, 
     """One heat map: the sites, then the arms of all sites."""
     asked = [row for row in run.transfers if (row.kind, row.metric) == (kind, metric)]
     columns = [site for site in ordered_sites(run) if any(row.tested_on == site for row in asked)]
-    origins = [o for o in (*columns, *TITLES) if any(row.trained_on == o for row in asked)]
-    unseen = {site.name for site in run.sites if site.held_out}
+    origins = _origins(run, {row.trained_on for row in asked})
     heading, words = KINDS[kind]
-    seen = [site for site in columns if site not in unseen]
+    seen = [site for site in columns if site not in run.unseen]
     return {
         "heading": heading,
         "note": f"{metric_name(metric)[:1].upper()}{metric_name(metric)[1:]} {words}.",
-        "columns": [(site, "unseen" if site in unseen else "") for site in columns],
+        "columns": [(site, "unseen" if site in run.unseen else "") for site in columns],
         "rows": [
             {
                 "name": TITLES.get(origin, origin),
@@ -62,9 +61,17 @@ def _matrix(run: Run, kind: str, metric: str, cells: Cells, scale: tuple[float, 
             }
             for origin in origins
         ],
-        "facts": _facts(cells, seen, [site for site in columns if site in unseen]),
+        "facts": _facts(
+            cells, [o for o in origins if o not in TITLES], seen, [site for site in columns if site in run.unseen]
+        ),
         "gaps": [text for text in (recovered_own(cells, seen), recovered_cross(cells, seen)) if text],
     }
+
+
+def _origins(run: Run, trained: Collection[str]) -> list[str]:
+    """In order: the sites, those too that have no score of their own, then the arms of all sites."""
+    known = ordered_sites(run)
+    return [name for name in (*known, *sorted({*trained} - {*known, *TITLES}), *TITLES) if name in trained]
 
 
 def _heat(cell: Estimate | None, scale: tuple[float, float], *, own: bool) -> Section:
@@ -80,10 +87,14 @@ def _heat(cell: Estimate | None, scale: tuple[float, float], *, own: bool) -> Se
     }
 
 
-def _facts(cells: Cells, sites: Sequence[str], unseen: Sequence[str]) -> list[tuple[str, str]]:
-    """The summary of a matrix over the sites that took part; those that did not are told apart at the end."""
+def _facts(cells: Cells, trained: Sequence[str], sites: Sequence[str], unseen: Sequence[str]) -> list[tuple[str, str]]:
+    """The summary of a matrix over the sites that took part; those that did not are told apart at the end.
+
+    Args:
+        trained: sites with an encoder of their own; `sites` and `unseen` are tested.
+    """
     own = {site: cells[site, site] for site in sites if (site, site) in cells}
-    others = {site: found for site in sites if (found := _others(cells, sites, site))}
+    others = {site: found for site in sites if (found := _others(cells, trained, site))}
     diagonal, off = mean(list(own.values())), mean([m for o in others.values() if (m := alike(list(o.values())))])
     federated = {site: cells["federated", site] for site in sites if ("federated", site) in cells}
     best = {
@@ -100,15 +111,15 @@ def _facts(cells: Cells, sites: Sequence[str], unseen: Sequence[str]) -> list[tu
             ("Benefit of federated over the site's own", _differences(federated, own)),
             ("Federated minus the best single site", _differences(federated, best)),
             ("Worst site of federated", _worst(federated)),
-            *((f"{site}, which took no part", _outside(cells, sites, site)) for site in unseen),
+            *((f"{site}, which took no part", _outside(cells, trained, site)) for site in unseen),
         )
         if text
     ]
 
 
-def _others(cells: Cells, sites: Sequence[str], at: str) -> dict[str, Estimate]:
+def _others(cells: Cells, trained: Sequence[str], at: str) -> dict[str, Estimate]:
     """What was trained at the other sites, tested at this one."""
-    return {site: cells[site, at] for site in sites if site != at and (site, at) in cells}
+    return {site: cells[site, at] for site in trained if site != at and (site, at) in cells}
 
 
 def _own(own: Mapping[str, Estimate], site: str) -> list[Estimate]:
@@ -135,9 +146,9 @@ def _worst(federated: Mapping[str, Estimate]) -> str:
     return f"{worst}, {federated[worst].value:.3f}"
 
 
-def _outside(cells: Cells, sites: Sequence[str], at: str) -> str:
+def _outside(cells: Cells, trained: Sequence[str], at: str) -> str:
     """At a site that took no part: federated, and the best of the sites."""
-    single = _others(cells, sites, at)
+    single = _others(cells, trained, at)
     found = [f"federated {cells['federated', at].value:.3f}"] if ("federated", at) in cells else []
     if single:
         best = max(single, key=lambda site: single[site].value)

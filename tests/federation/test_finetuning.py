@@ -132,6 +132,16 @@ def test_labels_are_given_by_patient_and_a_smaller_share_is_part_of_a_larger(tun
     assert torch.equal(taught[0].images, taught[1].images)
 
 
+@pytest.mark.parametrize("words", [(), ("privacy=patient", "privacy.delta=1e-3")])
+def test_one_place_with_all_data_reads_the_labels_that_the_sites_read(tmp_path: Path, words: tuple[str, ...]) -> None:
+    study = small_study(tmp_path, *SMALL, *words)
+    few = derive(study, Task(("smooth", "textured"), 0), protocol="central_finetune", fraction=0.1)
+    east, west, central = (open_site(few.source, place).task for place in range(3))
+    assert min(len(east.images), len(west.images)) > 0
+    assert torch.equal(central.images, torch.cat([east.images, west.images]))
+    assert torch.equal(central.labels, torch.cat([east.labels, west.labels]))
+
+
 def test_norms_that_stay_at_a_site_are_those_of_the_encoder_it_had(tmp_path: Path) -> None:
     words = ("rounds.norm=local", "arms=[federated]", "finetune.protocols=[head]", "stages=[pretrain]")
     folder = run(small_study(tmp_path, *SMALL, *words), stages="pretrain,finetune")

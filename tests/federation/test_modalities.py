@@ -116,6 +116,7 @@ def test_a_phase_nobody_can_teach_leaves_the_weights_and_says_so(tmp_path: Path)
     study = brains(tmp_path, "[[flair],[t2]]", "rounds.keep_checkpoints=9")
     folder, replies = heard(study, 3)
     assert sorted(replies) == [1, 3]
+    assert [e["value"] for e in folder.events() if e["name"] == "round/sites"] == [2, 0, 2]  # each round is closed
     remarks = [event for event in folder.events() if event["name"] == "remark" and event["round"] == 2]
     assert any("phase 'fusion': no site of this arm holds what it needs (paired)" in row["reason"] for row in remarks)
 

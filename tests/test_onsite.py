@@ -270,6 +270,28 @@ def test_the_review_says_what_leaves_and_whether_the_program_is_known(
         command(["approve", str(path), "--by", "Dr A", "--site", str(place.folder)])
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_review_names_the_texts_that_leave_as_class_names_and_who_chose_them(
+    place: SiteFile, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    of_folder = ("data=folder", "data.root=x", "data.image=File", "data.label=Patient ID")
+    text = place.path.read_text()
+    if not own:
+        place.path.write_text("".join(line for line in text.splitlines(True) if "label:" not in line))
+    path = invited(tmp_path, config=study_text(*of_folder))
+    command(["review", str(path), "--site", str(place.folder)])
+    page = " ".join(capsys.readouterr().out.split())
+    column = "Class" if own else "Patient ID"
+    assert f"every different text in the column '{column}' of its list" in page
+    assert ("The study chose it" in page) == (not own)
+    for changed, told in (("data.classes=[a,b]", "names of classes: a, b"), ("data.labels=[A,B]", "columns A, B")):
+        place.path.write_text("".join(line for line in text.splitlines(True) if "label:" not in line))
+        more = ("task=multilabel", "data.label=null") if "labels" in changed else ()
+        path = invited(tmp_path, config=study_text(*of_folder, changed, *more))
+        command(["review", str(path), "--site", str(place.folder)])
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_two_processes_know_only_what_they_need(joined: SiteFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDFL_CA_PASSPHRASE", "secret words")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.hospital:3128")

@@ -10,9 +10,12 @@ import yaml
 from flwr.app import ConfigRecord, Message
 
 from medfl import config, envelope
+from medfl.cli import site_pages
+from medfl.deployment import site_status
 from medfl.errors import MedflError
 from medfl.messages import DESCRIBE
 from medfl.onsite.audit import Audit
+from medfl.onsite.site_file import SiteFile
 from medfl.provision.keys import load_signing_key
 from medfl.run_folder import RunFolder
 from tests.federation.real import SMALL, STUDY_ID, SealedGrid, real_study
@@ -57,6 +60,11 @@ def test_the_audit_log_of_a_site_is_what_the_servers_wire_list_says(whole: Path)
     )
     assert told == up
     assert Audit.verify(whole / "beta" / "audit.jsonl") == []
+    (first,) = [line for line in lines if line.get("facts")]
+    assert first["facts"] == {"classes": ["no", "yes"], "held_out": "no", "owners": ""}
+    assert first["bytes"] == 8 * len(first["metrics"]) + len("noyesno")
+    shown = site_pages.egress(site_status.egress(SiteFile.read(whole / "beta"), None))
+    assert "names of classes, as this site's list of images has them: no, yes\n" in shown
 
 
 def test_a_cut_audit_log_is_found_with_the_head_that_the_server_keeps(whole: Path) -> None:

@@ -366,6 +366,14 @@ clientapp.main(["flwr-clientapp", "--runtime-api-address", "127.0.0.1:9", "--ins
 """
 
 
+def pulled(place: SiteFile, sent: Path) -> subprocess.CompletedProcess[str]:
+    """Run one request that came with the bundle `sent`."""
+    _, environment = site_processes.apps(place, STUDY)
+    script = PULLED.replace("VERSION", repr(__version__))
+    words = [sys.executable, "-P", "-c", script, *map(str, (sent, place.busy, place.path))]
+    return subprocess.run(words, env=environment, text=True, capture_output=True, check=False)
+
+
 @pytest.mark.parametrize("kind", ["approved", "one byte", "too slow"])
 def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, kind: str) -> None:
     sent = small_app()
@@ -373,10 +381,7 @@ def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, ki
     if kind == "too slow":
         joined.path.write_text(joined.path.read_text().replace("hours: 12", "hours: 0.0001"))
     before = sorted(joined.study(STUDY).apps.rglob("*"))
-    _, environment = site_processes.apps(joined, STUDY)
-    script = PULLED.replace("VERSION", repr(__version__))
-    words = [sys.executable, "-P", "-c", script, *map(str, (tmp_path / "sent.fab", joined.busy, joined.path))]
-    done = subprocess.run(words, env=environment, text=True, capture_output=True, check=False)
+    done = pulled(joined, tmp_path / "sent.fab")
     last = list(Audit(joined.audit).entries())[-1]
     if kind == "too slow":
         assert (done.returncode, last["what"]) == (clientapp.OUT_OF_TIME, "request ended")
@@ -393,6 +398,19 @@ def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, ki
         assert "not the one that this site approved" in reply
         assert str(tmp_path) not in done.stdout
         assert (last["what"], last["approved"]) == ("bundle refused", approval_of(joined, STUDY)[0].app)
+
+
+def test_an_error_while_the_bundle_is_compared_leaves_without_its_text(joined: SiteFile, tmp_path: Path) -> None:
+    """The record cannot be written: its path is in the error's text, which Flower would send."""
+    (tmp_path / "sent.fab").write_bytes(b"another bundle")
+    joined.audit.unlink()
+    joined.audit.mkdir()
+    done = pulled(joined, tmp_path / "sent.fab")
+    (reply,) = [line for line in done.stdout.splitlines() if line.startswith("REPLY")] or [done.stderr]
+    assert "PolicyError" in reply
+    assert "could not compare the app bundle" in reply
+    assert str(tmp_path) not in done.stdout
+    assert "IsADirectoryError" in done.stderr, "the site's own log has it"
 
 
 def test_a_study_whose_approval_ended_is_refused_and_recorded(joined: SiteFile) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from medfl.cli.study import study as command
-from medfl.deployment import lead, nginx, wishes
+from medfl.deployment import lead, nginx, status, wishes
 from medfl.deployment.control import Control, pem_of
 from medfl.deployment.progress import progress
 from medfl.errors import ConfigError, CredentialError, NetworkError, PolicyError
@@ -158,6 +158,27 @@ def test_progress_counts_the_rounds_of_a_resumed_arm_too() -> None:
     assert progress([], {}).stage == ""
     masked = event(7, stage="keys", arm="federated", round=2, name="audit/lines", value=9.0)
     assert progress([*began, masked], {"pretrain": 4}).round == 1  # the stage goes on
+
+
+ODD_TEXT = "[/a] [red]x[/red] \x1b[2J a\\"
+
+
+def test_what_a_site_says_is_shown_as_it_is_and_never_obeyed(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = status.read(study)
+    for site in facts["sites"]:
+        site |= {"why": ODD_TEXT, "contact": ODD_TEXT}
+    facts["run"] |= {"state": "running", "error": ODD_TEXT, "problem": ODD_TEXT, "since": ""}
+    facts["progress"] |= {"told": [ODD_TEXT], "stage": "pretrain", "arm": ODD_TEXT, "planned": 4}
+    facts["link"] = ODD_TEXT
+    monkeypatch.setattr(status, "read", lambda _: json.loads(json.dumps(facts)))
+    monkeypatch.setenv("COLUMNS", "300")
+    for verb, times in (("status", 7), ("list", 2)):
+        command([verb, str(study)])
+        shown = capsys.readouterr().out
+        assert shown.count("[/a] [red]x[/red] ?[2J a\\") == times, shown
+        assert "\x1b[2J" not in shown
 
 
 def test_the_commands_say_what_comes_next(

@@ -114,6 +114,19 @@ def test_init_makes_private_keys_and_a_request_without_secrets(place: SiteFile, 
     assert before == {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("gone", ["node.pub", "signing.pub", "signing", "superexec.secret", "half a node.pub"])
+def test_init_goes_on_where_it_was_cut_off(place: SiteFile, tmp_path: Path, gone: str) -> None:
+    place.path.unlink()  # it is written after the keys
+    public, node = place.keys / "node.pub", (place.keys / "node.pub").read_text()
+    if gone.startswith("half"):
+        public.write_text(node[:20])
+    else:
+        (place.keys / gone).unlink(missing_ok=True)
+    command(["init", str(place.folder), "--yes", "--name", "hospital-a", "--data", str(tmp_path / "images")])
+    assert JoinRequest.read(SiteFile.read(place.folder).request).node_key == node.strip()
+    assert public.read_text() == node
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [

@@ -16,7 +16,7 @@ from medfl.deployment import lead, nginx, status, wishes
 from medfl.deployment.control import Control, pem_of
 from medfl.deployment.progress import progress
 from medfl.errors import ConfigError, CredentialError, NetworkError, PolicyError
-from medfl.provision.documents import registry
+from medfl.provision.documents import registry, standing
 from medfl.provision.keys import load_signing_key
 from medfl.provision.study_file import StudyFile
 from tests.test_provision import request_of
@@ -88,6 +88,48 @@ def test_one_key_is_one_site_and_a_revoked_one_does_not_come_back(study: Path, t
         lead.approve(study, lead.read_request(study, taken), content)
     with pytest.raises(PolicyError, match="had before"):
         lead.renew_site(study, "a", lead.read_request(study, taken), content)
+
+
+@pytest.mark.parametrize(("steps", "revoked"), [(0, False), (0, True), (1, False), (1, True), (2, True)])
+def test_a_renewal_that_was_cut_off_lets_nobody_in_and_goes_on(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, revoked: bool
+) -> None:
+    if revoked:
+        lead.revoke(study, "a", "")
+    place, left = study / "sites" / "a", steps
+    old = tmp_path / "old.json"
+    old.write_bytes((place / "request.json").read_bytes())
+    new, sent = request_of(tmp_path / "new", "a"), tmp_path / "new" / "request.json"
+
+    def cut(plain: Callable[..., object]) -> Callable[..., object]:
+        def step(*given: object, **named: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise InterruptedError
+            return plain(*given, **named)
+
+        return step
+
+    content = sent.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(lead, "write_bytes", cut(lead.write_bytes))
+        patch.setattr(Path, "unlink", cut(Path.unlink))
+        with pytest.raises(InterruptedError):
+            lead.renew_site(study, "a", new, content)
+    if revoked:
+        assert standing(place) is None
+    elif steps:
+        with pytest.raises(ConfigError, match="not the request that was approved"):
+            standing(place)
+    if not steps:
+        with pytest.raises(PolicyError, match="had before"):
+            lead.renew_site(study, "a", lead.read_request(study, old), old.read_bytes())
+    lead.renew_site(study, "a", lead.read_request(study, sent), content)
+    assert registry(study)["a"] == new
+    lead.revoke(study, "a", "")
+    with pytest.raises(PolicyError, match="had before"):  # a site that is revoked again needs new keys again
+        lead.renew_site(study, "a", new, content)
 
 
 def test_a_run_is_true_to_the_invitation_or_refused(study: Path) -> None:

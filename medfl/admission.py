@@ -174,8 +174,8 @@ def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
     spent = {"ledger": "{}:{}".format(*ledger.head())} if ledger.path.exists() else {}
     number, hash_ = Audit(site.audit).write(
         "answer", study=admitted.study_id, stage=admitted.kind, arm=order.arm, round=order.round,
-        bytes=size + 8 * len(answer.metrics), arrays=egress.contents(layout), metrics=sorted(answer.metrics),
-        facts=sorted(answer.facts), order=admitted.order_digest, **spent,
+        bytes=size + 8 * len(answer.metrics) + egress.fact_bytes(answer.facts), arrays=egress.contents(layout),
+        metrics=sorted(answer.metrics), facts=dict(sorted(answer.facts.items())), order=admitted.order_digest, **spent,
     )  # fmt: skip
     now = envelope.now()
     seal = envelope.Seal("answer", now, now + ANSWER_WITHIN, admitted.order_digest, f"{number}:{hash_}")

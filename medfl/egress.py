@@ -47,6 +47,13 @@ def _check_facts(facts: Mapping[str, str | list[str]]) -> None:
             raise PolicyError(f"the fact {name!r} is not on the list of what may be sent, or too long.")
 
 
+def fact_bytes(facts: Mapping[str, str | list[str]]) -> int:
+    """Bytes of the facts' texts, in UTF-8."""
+    return sum(
+        len(word.encode()) for value in facts.values() for word in ([value] if isinstance(value, str) else value)
+    )
+
+
 def contents(layout: Layout) -> list[str]:
     """One line for each tensor, as the audit log has it: role, name, dtype, shape, bytes."""
     return [

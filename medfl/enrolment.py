@@ -30,6 +30,8 @@ from medfl.study import Study
 
 POLL = 0.2  # s, while waiting for sites to come online
 OWNER = re.compile(r"(?P<group>[a-z0-9_]{1,40}(:[a-z0-9_]{1,40})?)=(?P<count>[1-9][0-9]{0,11})")
+NUMBERS = {f"site/{name}" for name in ("train", "val", "test", "labelled", "masked", "regions")}
+NAMED = {"site", "nonce", "layout", "held_out", "owners", "classes"}  # "findings" may be there too
 MOST_CLASSES, MOST_REGIONS = 1000, 254  # masks are of bytes, one of which means unknown
 AGAIN = 5.0  # s between two questions to sites that were not reached
 SETTLE = 5.0  # s without a new site, after which a study of unknown size starts
@@ -208,24 +210,41 @@ def _wait(grid: Grid, expected: int, deadline: float) -> list[int]:
 def _enrolled(reply: Message, node: int, nonce: str) -> Enrolled:
     if reply.has_error():
         raise ReplyRefused(f"node {node}: {reply.error.reason}")
-    identity = dict(reply.content.config_records.get("identity") or {})
-    name = str(identity.get("site", ""))
-    metrics = checked_metrics((reply.content.metric_records.get("metrics") or {}).items(), name or str(node))
+    _check_form(reply.content, node)
+    identity = dict(reply.content.config_records["identity"])
+    name = str(identity["site"])
+    metrics = checked_metrics(reply.content.metric_records["metrics"].items(), name or str(node))
     if identity.get("nonce") != nonce or not 0 < len(name) <= 64 or not name.isprintable():
         raise ReplyRefused(f"node {node}: got no valid name and nonce. Install the same medfl release there.")
-    counts = {kind: int(metrics.get(f"site/{kind}", 0)) for kind in ("regions", "labelled", "masked")}
+    counts = {kind: int(metrics[f"site/{kind}"]) for kind in ("regions", "labelled", "masked")}
     if not 0 <= counts["regions"] <= MOST_REGIONS:
         raise ReplyRefused(f"site '{name}': got {counts['regions']} labels of masks, need at most {MOST_REGIONS}.")
     return Enrolled(
         node,
         name,
-        int(metrics.get("site/train", 0)),
-        identity.get("held_out") == "yes",
-        _holdings(str(identity.get("owners", "")), name),
-        _names(identity.get("classes"), name),
+        int(metrics["site/train"]),
+        identity["held_out"] == "yes",
+        _holdings(str(identity["owners"]), name),
+        _names(identity["classes"], name),
         findings=_names(identity.get("findings"), name),
         **counts,
     )
+
+
+def _check_form(content: RecordDict, node: int) -> None:
+    """
+    Raises:
+        ReplyRefused: records, numbers or names other than those of an enrolment.
+    """
+    configs, metrics = content.config_records, content.metric_records
+    got = sorted([*configs, *metrics, *content.array_records])
+    if got != ["identity", "metrics"] or "identity" not in configs:
+        raise ReplyRefused(f"node {node}: got the records {str(got)[:80]}, need 'identity' and 'metrics' alone.")
+    odd = (metrics["metrics"].keys() ^ NUMBERS) | ((configs["identity"].keys() - {"findings"}) ^ NAMED)
+    if odd:
+        raise ReplyRefused(
+            f"node {node}: {min(odd)[:60]!r} is missing or too much. Install the same medfl release there."
+        )
 
 
 def _names(given: object, site: str) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def opened(record: RecordDict, public: str, kind: str) -> tuple[Seal, str]:
         public: the maker's key, base64.
 
     Raises:
-        CredentialError: no seal, of another kind or maker, of other content, expired or from the future.
+        CredentialError: no seal, of another kind or maker, of other content or content that none can cover, expired or
+            from the future.
     """
     given = dict(record.config_records.get(SEAL) or {})
     try:
@@ -78,7 +79,12 @@ def opened(record: RecordDict, public: str, kind: str) -> tuple[Seal, str]:
         seal = Seal(**{name: type_(given.pop(name)) for name, type_ in Seal.__annotations__.items()})
     except (KeyError, ValueError, TypeError):
         raise CredentialError(f"the {kind} has no seal. It was not made by the partner that it names.") from None
-    content = digest(record)
+    try:
+        content = digest(record)
+    except (TypeError, ValueError):  # such as bytes in place of text: JSON has none, so no seal covers them
+        raise CredentialError(
+            f"the {kind} holds values that no seal covers. Install one medfl release on both."
+        ) from None
     if given or seal.kind != kind or not verify(public, seal.signed(content), signature):
         raise CredentialError(f"the seal of the {kind} is of another key or content. Compare the keys' fingerprints.")
     at = now()

@@ -79,13 +79,30 @@ def test_only_the_proxy_is_public_and_only_the_node_gets_out() -> None:
         for name, service in file["services"].items()
         if set(service.get("networks", {})) - internal
     }
-    assert outside == {"proxy", "node"}
+    assert outside == {"proxy", "node", "check"}
     assert site["services"]["site"]["network_mode"] == "none"
+    assert "commands" in site["services"]["check"]["profiles"], "started by a person alone"
     bridges = {
         network.get("driver_opts", {}).get("com.docker.network.bridge.name") for network in site["networks"].values()
     }
     rules = (DEPLOY / "medfl-site.nft").read_text()
     assert set(re.findall(r'fname "([\w-]+)"', rules)) == bridges
+
+
+def test_the_connection_is_checked_where_names_can_be_resolved() -> None:
+    services, guide = compose("site")["services"], (DEPLOY / "README.md").read_text()
+    check, plain = services["check"], services["site"]
+    assert check["networks"] == ["outer"]
+    assert "network_mode" not in check
+    assert check["environment"]["HTTPS_PROXY"] == services["node"]["environment"]["HTTPS_PROXY"]
+    assert check["entrypoint"] == [*plain["entrypoint"], "check", "."], "no other command has this network"
+    ways = {"networks", "network_mode", "entrypoint", "command", "environment"}
+    assert {key: value for key, value in check.items() if key not in ways} == {
+        key: value for key, value in plain.items() if key not in ways
+    }
+    assert set(re.findall(r"run --rm (\w+)", guide)) == {"site", "check"}
+    gpu = yaml.safe_load((DEPLOY / "compose.site.gpu.yaml").read_text())["services"]
+    assert gpu.keys() == {"apps", "site", "check"}
 
 
 def test_each_container_sees_what_it_needs_and_no_more() -> None:
@@ -221,6 +238,9 @@ def test_the_guide_names_commands_and_files_that_are_there(capsys: pytest.Captur
         except SystemExit as ended:
             code = ended.code
         assert code == 0, f"medfl {command} {verb}: {capsys.readouterr().err}"
+    for name in re.findall(r"sudo cp (\S+)", text):
+        assert not name.startswith("/"), "pip installs no deploy/"
+        assert list(DEPLOY.glob(name)), name
     for name in re.findall(r"(?:compose\.[\w.]+\.yaml|\w+\.env\.example|medfl-[\w@-]+\.(?:service|nft))", text):
         assert list(DEPLOY.rglob(name)), name
 

@@ -114,6 +114,19 @@ def test_init_makes_private_keys_and_a_request_without_secrets(place: SiteFile, 
     assert before == {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("gone", ["node.pub", "signing.pub", "signing", "superexec.secret", "half a node.pub"])
+def test_init_goes_on_where_it_was_cut_off(place: SiteFile, tmp_path: Path, gone: str) -> None:
+    place.path.unlink()  # it is written after the keys
+    public, node = place.keys / "node.pub", (place.keys / "node.pub").read_text()
+    if gone.startswith("half"):
+        public.write_text(node[:20])
+    else:
+        (place.keys / gone).unlink(missing_ok=True)
+    command(["init", str(place.folder), "--yes", "--name", "hospital-a", "--data", str(tmp_path / "images")])
+    assert JoinRequest.read(SiteFile.read(place.folder).request).node_key == node.strip()
+    assert public.read_text() == node
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -271,6 +284,28 @@ def test_the_review_says_what_leaves_and_whether_the_program_is_known(
         command(["approve", str(path), "--by", "Dr A", "--site", str(place.folder)])
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_review_names_the_texts_that_leave_as_class_names_and_who_chose_them(
+    place: SiteFile, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    of_folder = ("data=folder", "data.root=x", "data.image=File", "data.label=Patient ID")
+    text = place.path.read_text()
+    if not own:
+        place.path.write_text("".join(line for line in text.splitlines(True) if "label:" not in line))
+    path = invited(tmp_path, config=study_text(*of_folder))
+    command(["review", str(path), "--site", str(place.folder)])
+    page = " ".join(capsys.readouterr().out.split())
+    column = "Class" if own else "Patient ID"
+    assert f"every different text in the column '{column}' of its list" in page
+    assert ("The study chose it" in page) == (not own)
+    for changed, told in (("data.classes=[a,b]", "names of classes: a, b"), ("data.labels=[A,B]", "columns A, B")):
+        place.path.write_text("".join(line for line in text.splitlines(True) if "label:" not in line))
+        more = ("task=multilabel", "data.label=null") if "labels" in changed else ()
+        path = invited(tmp_path, config=study_text(*of_folder, changed, *more))
+        command(["review", str(path), "--site", str(place.folder)])
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_two_processes_know_only_what_they_need(joined: SiteFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDFL_CA_PASSPHRASE", "secret words")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.hospital:3128")
@@ -345,6 +380,14 @@ clientapp.main(["flwr-clientapp", "--runtime-api-address", "127.0.0.1:9", "--ins
 """
 
 
+def pulled(place: SiteFile, sent: Path) -> subprocess.CompletedProcess[str]:
+    """Run one request that came with the bundle `sent`."""
+    _, environment = site_processes.apps(place, STUDY)
+    script = PULLED.replace("VERSION", repr(__version__))
+    words = [sys.executable, "-P", "-c", script, *map(str, (sent, place.busy, place.path))]
+    return subprocess.run(words, env=environment, text=True, capture_output=True, check=False)
+
+
 @pytest.mark.parametrize("kind", ["approved", "one byte", "too slow"])
 def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, kind: str) -> None:
     sent = small_app()
@@ -352,10 +395,7 @@ def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, ki
     if kind == "too slow":
         joined.path.write_text(joined.path.read_text().replace("hours: 12", "hours: 0.0001"))
     before = sorted(joined.study(STUDY).apps.rglob("*"))
-    _, environment = site_processes.apps(joined, STUDY)
-    script = PULLED.replace("VERSION", repr(__version__))
-    words = [sys.executable, "-P", "-c", script, *map(str, (tmp_path / "sent.fab", joined.busy, joined.path))]
-    done = subprocess.run(words, env=environment, text=True, capture_output=True, check=False)
+    done = pulled(joined, tmp_path / "sent.fab")
     last = list(Audit(joined.audit).entries())[-1]
     if kind == "too slow":
         assert (done.returncode, last["what"]) == (clientapp.OUT_OF_TIME, "request ended")
@@ -372,6 +412,19 @@ def test_the_reviewed_app_runs_and_no_other(joined: SiteFile, tmp_path: Path, ki
         assert "not the one that this site approved" in reply
         assert str(tmp_path) not in done.stdout
         assert (last["what"], last["approved"]) == ("bundle refused", approval_of(joined, STUDY)[0].app)
+
+
+def test_an_error_while_the_bundle_is_compared_leaves_without_its_text(joined: SiteFile, tmp_path: Path) -> None:
+    """The record cannot be written: its path is in the error's text, which Flower would send."""
+    (tmp_path / "sent.fab").write_bytes(b"another bundle")
+    joined.audit.unlink()
+    joined.audit.mkdir()
+    done = pulled(joined, tmp_path / "sent.fab")
+    (reply,) = [line for line in done.stdout.splitlines() if line.startswith("REPLY")] or [done.stderr]
+    assert "PolicyError" in reply
+    assert "could not compare the app bundle" in reply
+    assert str(tmp_path) not in done.stdout
+    assert "IsADirectoryError" in done.stderr, "the site's own log has it"
 
 
 def test_a_study_whose_approval_ended_is_refused_and_recorded(joined: SiteFile) -> None:

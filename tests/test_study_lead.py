@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from medfl.cli.study import study as command
-from medfl.deployment import lead, nginx, wishes
+from medfl.deployment import lead, nginx, status, wishes
 from medfl.deployment.control import Control, pem_of
 from medfl.deployment.progress import progress
 from medfl.errors import ConfigError, CredentialError, NetworkError, PolicyError
-from medfl.provision.documents import registry
+from medfl.provision.documents import registry, standing
 from medfl.provision.keys import load_signing_key
 from medfl.provision.study_file import StudyFile
 from tests.test_provision import request_of
@@ -90,6 +90,48 @@ def test_one_key_is_one_site_and_a_revoked_one_does_not_come_back(study: Path, t
         lead.renew_site(study, "a", lead.read_request(study, taken), content)
 
 
+@pytest.mark.parametrize(("steps", "revoked"), [(0, False), (0, True), (1, False), (1, True), (2, True)])
+def test_a_renewal_that_was_cut_off_lets_nobody_in_and_goes_on(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, revoked: bool
+) -> None:
+    if revoked:
+        lead.revoke(study, "a", "")
+    place, left = study / "sites" / "a", steps
+    old = tmp_path / "old.json"
+    old.write_bytes((place / "request.json").read_bytes())
+    new, sent = request_of(tmp_path / "new", "a"), tmp_path / "new" / "request.json"
+
+    def cut(plain: Callable[..., object]) -> Callable[..., object]:
+        def step(*given: object, **named: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise InterruptedError
+            return plain(*given, **named)
+
+        return step
+
+    content = sent.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(lead, "write_bytes", cut(lead.write_bytes))
+        patch.setattr(Path, "unlink", cut(Path.unlink))
+        with pytest.raises(InterruptedError):
+            lead.renew_site(study, "a", new, content)
+    if revoked:
+        assert standing(place) is None
+    elif steps:
+        with pytest.raises(ConfigError, match="not the request that was approved"):
+            standing(place)
+    if not steps:
+        with pytest.raises(PolicyError, match="had before"):
+            lead.renew_site(study, "a", lead.read_request(study, old), old.read_bytes())
+    lead.renew_site(study, "a", lead.read_request(study, sent), content)
+    assert registry(study)["a"] == new
+    lead.revoke(study, "a", "")
+    with pytest.raises(PolicyError, match="had before"):  # a site that is revoked again needs new keys again
+        lead.renew_site(study, "a", new, content)
+
+
 def test_a_run_is_true_to_the_invitation_or_refused(study: Path) -> None:
     assert wishes.invitation_of(study).config == (study / "config.yaml").read_text()
     (study / "app" / "server" / "app.py").write_text("print('other code')\n")
@@ -158,6 +200,27 @@ def test_progress_counts_the_rounds_of_a_resumed_arm_too() -> None:
     assert progress([], {}).stage == ""
     masked = event(7, stage="keys", arm="federated", round=2, name="audit/lines", value=9.0)
     assert progress([*began, masked], {"pretrain": 4}).round == 1  # the stage goes on
+
+
+ODD_TEXT = "[/a] [red]x[/red] \x1b[2J a\\"
+
+
+def test_what_a_site_says_is_shown_as_it_is_and_never_obeyed(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = status.read(study)
+    for site in facts["sites"]:
+        site |= {"why": ODD_TEXT, "contact": ODD_TEXT}
+    facts["run"] |= {"state": "running", "error": ODD_TEXT, "problem": ODD_TEXT, "since": ""}
+    facts["progress"] |= {"told": [ODD_TEXT], "stage": "pretrain", "arm": ODD_TEXT, "planned": 4}
+    facts["link"] = ODD_TEXT
+    monkeypatch.setattr(status, "read", lambda _: json.loads(json.dumps(facts)))
+    monkeypatch.setenv("COLUMNS", "300")
+    for verb, times in (("status", 7), ("list", 2)):
+        command([verb, str(study)])
+        shown = capsys.readouterr().out
+        assert shown.count("[/a] [red]x[/red] ?[2J a\\") == times, shown
+        assert "\x1b[2J" not in shown
 
 
 def test_the_commands_say_what_comes_next(

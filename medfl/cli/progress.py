@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from medfl.cli.plain import plain
 from medfl.report.words import HEADLINES, TUNED
 from medfl.run_folder import TRAININGS, Event, RunFolder
 from medfl.study import Study
@@ -48,9 +49,10 @@ class Progress:
     def show(self, event: Event) -> None:
         """Follow one event of the run folder."""
         if event.name == "refused":
-            self.console.print(f"[yellow]refused[/] {event.stage} round {event.round}: {event.reason}", soft_wrap=True)
+            where = f"{event.stage} round {event.round}"
+            self.console.print(f"[yellow]refused[/] {where}: {plain(event.reason)}", soft_wrap=True)
         elif event.name == "joined":
-            self.console.print(f"[green]joined[/] {event.site}, from round {event.round}", soft_wrap=True)
+            self.console.print(f"[green]joined[/] {plain(event.site)}, from round {event.round}", soft_wrap=True)
         elif event.name in ("checkpoint/damaged", "remark"):
             self._remark(event)
         elif event.name == "planned":
@@ -66,7 +68,8 @@ class Progress:
         words = re.split(r"\d", event.reason, maxsplit=1)[0]
         if (event.arm, words) not in self.said:
             self.said.add((event.arm, words))
-            self.console.print(f"[yellow]note[/] {event.arm}, round {event.round}: {event.reason}", soft_wrap=True)
+            where = f"{plain(event.arm)}, round {event.round}"
+            self.console.print(f"[yellow]note[/] {where}: {plain(event.reason)}", soft_wrap=True)
 
     def _round(self, event: Event) -> None:
         self.done += 1
@@ -74,9 +77,9 @@ class Progress:
         left = (time.monotonic() - self.began) / self.done * max(0.0, total - self.done)
         rounds = self.study.rounds.count if event.stage == "pretrain" else self.study.finetune.rounds
         note, self.loss = f"round {event.round}/{rounds}{self.loss}  {_minutes(left)} left", ""
-        self.bars.update(self.task, completed=self.done, description=event.arm, note=note)
+        self.bars.update(self.task, completed=self.done, description=plain(event.arm), note=note)
         if not self.console.is_terminal:
-            self.console.print(f"{event.arm:<22} {note}", soft_wrap=True)
+            self.console.print(f"{plain(event.arm):<22} {note}", soft_wrap=True)
 
 
 def _minutes(seconds: float) -> str:
@@ -86,14 +89,14 @@ def _minutes(seconds: float) -> str:
 def sites_table(study: Study, facts: dict[str, Any]) -> Table:
     """Who takes part, what each holds, and how different the sites are."""
     shift = facts["calibration"]
-    table = Table(title=f"{study.run_dir}", title_justify="left", caption_justify="left", caption=_shift_line(shift))
+    table = Table(title=plain(study.run_dir), title_justify="left", caption_justify="left", caption=_shift_line(shift))
     held = _held(facts["sites"])
     for name in ("site", "train", "val", "test", *held, "scanner"):
         table.add_column(name, justify="right" if name in ("train", "val", "test") else "left")
     for place, site in enumerate(facts["sites"]):
         name = site["name"] + (" (held out)" if site["held_out"] else "")
         sizes = [str(site[split]) for split in ("train", "val", "test")]
-        table.add_row(name, *sizes, *(column[place] for column in held.values()), site["profile"])
+        table.add_row(*map(plain, (name, *sizes, *(column[place] for column in held.values()), site["profile"])))
     return table
 
 
@@ -140,18 +143,18 @@ def _scores(title: str, rows: Sequence[dict[str, str]]) -> Table:
     sites = list(dict.fromkeys(row["site"] for row in rows))
     table = Table(title=f"{title} (95 % interval)", title_justify="left")
     for name in ("arm", *sites, "mean"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+        table.add_column(plain(name), justify="left" if name == "arm" else "right")
     for arm in arms:
         cells = {r["site"]: r for r in rows if _group(r["arm"]) == arm and _own(r)}
         values = [float(cells[site]["value"]) for site in sites if site in cells]
         mean = f"{sum(values) / len(values):.3f}" if values else "–"
-        table.add_row(arm, *(_cell(cells.get(site)) for site in sites), mean)
+        table.add_row(plain(arm), *(_cell(cells.get(site)) for site in sites), mean)
     return table
 
 
 def _files(folder: RunFolder) -> str:
     names = ("encoder.safetensors", "evaluation.csv", "transfer.csv", "wire.csv", "report.html", "sites/pictures")
-    return f"{folder.path}/ " + "  ".join(name for name in names if (folder.path / name).exists())
+    return plain(f"{folder.path}/ ") + "  ".join(name for name in names if (folder.path / name).exists())
 
 
 def _group(arm: str) -> str:

@@ -13,7 +13,7 @@ from medfl.provision.documents import Invitation, JoinRequest
 from medfl.provision.keys import fingerprint
 
 if TYPE_CHECKING:
-    from medfl.deployment.review import Review  # brings torch along, which status does without
+    from medfl.deployment.review import Named, Review  # brings torch along, which status does without
 
 WIDTH = 110
 REQUESTS = {
@@ -47,6 +47,12 @@ WIRE = {  # rounds.wire -> what happens to the weights in answers to training
     "fp16": "rounded to 16 bits (fp16)",
     "int8": "rounded to 8 bits, with one scale for each 256 of them (int8)",
     "topk": "left out but for the largest changes and their places (topk)",
+}
+FACTS = {  # what leaves in words, with the numbers of images
+    "held_out": "whether this site is kept out of training",
+    "owners": "training images for each part of the network that not all sites have",
+    "classes": "names of classes, as this site's list of images has them",
+    "findings": "names of findings, as this site's list of images has them",
 }
 STAYS = (
     "images, masks, labels and predictions of single patients",
@@ -134,6 +140,7 @@ def _leaves(page: "Review") -> list[str]:
         cells = "".join(f"{_size(row.bytes[role]) if role in row.bytes else '-':>12}" for role in roles)
         lines.append(f"   {row.times:>7} x {REQUESTS.get(row.request, row.request):40}{cells}")
     lines += [f"- {': '.join(ROLES[role])}" for role in roles]
+    lines += [_named(row) for row in page.named]
     if page.wire in WIRE:
         text = f"Weights leave training compressed, as changes to the ones that came: {WIRE[page.wire]}."
         lines.append(f"{text} What int8 and topk leave out stays here and is added to the next round's change.")
@@ -146,6 +153,22 @@ def _leaves(page: "Review") -> list[str]:
     if "transfer" in page.stages:
         lines.append("For transfer each other site's encoder is scored here too: once more for each other site.")
     return lines
+
+
+def _named(row: "Named") -> str:
+    """Which texts of the list of images leave as names, and who chose them."""
+    if row.key == "labels":
+        what = f"names of findings: of the columns {', '.join(row.texts)}"
+    elif row.key == "classes":
+        what = f"names of classes: {', '.join(row.texts)}"
+    else:
+        what = f"names of classes: every different text in the column {row.texts[0]!r} of its list"
+    if row.own:
+        return f"In words, from data set {row.data!r}: {what}, as site.yaml says."
+    return (
+        f"CAUTION: in words, from data set {row.data!r}: {what}. The study chose it, site.yaml does not say. Look at "
+        f"what is in there, and set data.{row.data}.{row.key} in site.yaml (null: none)."
+    )
 
 
 def _stays(page: "Review") -> list[str]:
@@ -239,7 +262,11 @@ def egress(facts: dict[str, Any]) -> str:
     lines.append(f"{len(facts['answers'])} answers, {facts['bytes']:,} bytes ({_size(facts['bytes'])}):")
     lines += [f"  {size:>13,}  {': '.join(ROLES.get(role, (role,)))}" for role, size in facts["roles"].items()]
     names = sorted({name.split("/")[0] for name in facts["metrics"]})
-    return "\n".join([*lines, f"  numbers of these kinds: {', '.join(names)} (all names: --json)"])
+    lines.append(f"  numbers of these kinds: {', '.join(names)} (all names: --json)")
+    for name, values in facts["facts"].items():
+        said = (", ".join(value) if isinstance(value, list) else str(value) for value in values)
+        lines += [f"  {FACTS.get(name, name)}: {text}" for text in said]
+    return "\n".join(lines)
 
 
 def whole(path: Path) -> str:

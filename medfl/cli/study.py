@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medfl.cli.main import asks_help
+from medfl.cli.plain import plain
 from medfl.errors import ConfigError, PolicyError
 from medfl.provision.documents import JoinRequest, today
 from medfl.provision.keys import fingerprint
@@ -242,6 +243,7 @@ def _list(words: Sequence[str]) -> None:
         table.add_column(name, no_wrap=name == "site")
     for site in sites:
         times = (status.when(site["since"]), status.when(site["approved"]))
-        table.add_row(site["name"], site["state"], *times, site["contact"], site["fingerprint"])
+        cells = (site["name"], site["state"], *times, site["contact"], site["fingerprint"])
+        table.add_row(*map(plain, cells))
     Console(highlight=False).print(table if sites else "no site is approved yet")
     print(f"next: medfl study {'status' if sites else 'approve'} {folder}{'' if sites else ' REQUEST'}")

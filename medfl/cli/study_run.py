@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from medfl.cli.plain import plain
 from medfl.cli.study import folder_in, parser
 from medfl.deployment import coordinator, keeper, lead, status, wishes
 from medfl.deployment.processes import background, running, supervise
@@ -99,13 +100,14 @@ def _wait(folder: Path, request: str) -> None:
         MedflError: the run failed, with its exit code.
     """
     shown: list[str] = []
+    console = Console(highlight=False, soft_wrap=True)
     while True:
         whole = status.read(folder)
         facts, lines = whole["run"], _run_lines(whole)
         if facts.get("request") == request and facts["state"] in keeper.DONE:
             break
         if facts.get("request") == request and lines != shown:
-            print(*(line for line in lines if line not in shown), sep="\n", flush=True)
+            console.print(*(line for line in lines if line not in shown), sep="\n")
             shown = lines
         time.sleep(POLL)
     if facts["state"] != "finished":
@@ -141,17 +143,20 @@ def page(facts: dict[str, Any], folder: Path) -> Group:
         table.add_column(name)
     for site in facts["sites"]:
         colour = COLOURS.get(site["state"], "yellow")
-        table.add_row(site["name"], f"[{colour}]{site['state']}[/]", status.when(site["since"]), site["why"])
+        state = f"[{colour}]{plain(site['state'])}[/]"
+        table.add_row(plain(site["name"]), state, status.when(site["since"]), plain(site["why"]))
     study, here = facts["study"], len(facts["here"])
-    lines = [f"{study['name']} ({study['id']}) at {facts['address']}, until {study['until']}"]
+    lines = [plain(f"{study['name']} ({study['id']}) at {facts['address']}, until {study['until']}")]
     if facts["certificate_days"] < coordinator.WARN_DAYS:
         lines.append(f"[yellow]the certificate is good for {facts['certificate_days']:.0f} more days[/]")
     if facts["link"]:
-        lines.append(f"[red]{facts['link']}[/]")
-    lines += [f"[red]{name} does not run (ended with {part['ended']})[/]" for name, part in _down(facts).items()]
+        lines.append(f"[red]{plain(facts['link'])}[/]")
+    lines += [
+        f"[red]{plain(name)} does not run (ended with {plain(part['ended'])})[/]" for name, part in _down(facts).items()
+    ]
     few = f"; {facts['to_approve']} more to approve" if facts["to_approve"] else ""
     lines.append(f"{here} of {study['sites']} sites are here{few}")
-    return Group("\n".join(lines), table, "\n".join([*_run_lines(facts), f"next: {_next(facts, folder)}"]))
+    return Group("\n".join(lines), table, "\n".join([*_run_lines(facts), plain(f"next: {_next(facts, folder)}")]))
 
 
 def _down(facts: dict[str, Any]) -> dict[str, Any]:
@@ -159,22 +164,23 @@ def _down(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_lines(facts: dict[str, Any]) -> list[str]:
+    """What there is to say of the run, in rich's markup."""
     run_, at = facts["run"], facts["progress"]
     again = f", attempt {run_['count']}" if run_.get("count", 0) > 1 else ""
     waiting = run_["state"] == "running" and at["last_event"] < run_["since"]
-    lines = [f"run: {'waiting for sites' if waiting else run_['state']}{again}"]
+    lines = [f"run: {'waiting for sites' if waiting else plain(run_['state'])}{again}"]
     if run_.get("error"):
-        lines.append(f"[red]{run_['error']}[/]")
+        lines.append(f"[red]{plain(run_['error'])}[/]")
     if run_.get("problem"):
-        lines.append(f"[red]{run_['problem']}[/]")
+        lines.append(f"[red]{plain(run_['problem'])}[/]")
     if at["stage"] and run_["state"] == "running" and not waiting:
-        lines.append(f"stage: {at['stage']}")
+        lines.append(f"stage: {plain(at['stage'])}")
         if at["planned"]:
             left = f", about {status.duration(at['seconds_left'])} left" if at["seconds_left"] is not None else ""
             loss = f", loss {at['loss']:.3f}" if at["loss"] is not None else ""
-            lines.append(f"{at['arm'] or 'first arm'}: round {at['round']} of {at['rounds']}{loss}")
+            lines.append(f"{plain(at['arm'] or 'first arm')}: round {at['round']} of {at['rounds']}{loss}")
             lines.append(f"{at['done']} of {at['planned']} rounds of all arms done{left}")
-    return lines + [f"  {text}" for text in at["told"]]
+    return lines + [f"  {plain(text)}" for text in at["told"]]
 
 
 def _next(facts: dict[str, Any], folder: Path) -> str:

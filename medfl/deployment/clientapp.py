@@ -46,8 +46,19 @@ class Gatekeeper:
         """The folder of the approved app.
 
         Raises:
-            PolicyError: this is not its bundle, or the study is not approved; the text may leave the site.
+            PolicyError: this is not its bundle, the study is not approved, or neither can be found out; the text, which
+                may leave the site, is fixed.
         """
+        try:
+            return self._approved(bundle)
+        except PolicyError:
+            raise
+        except Exception:  # Flower would send its text, and a full disk's error names a path
+            log.exception("the bundle cannot be compared")
+            raise PolicyError("this site could not compare the app bundle. Its log says why.") from None
+
+    def _approved(self, bundle: bytes) -> Path:
+        """The folder of the approved app; every PolicyError of it has a fixed text."""
         audit, got = Audit(self.site.audit), hashlib.sha256(bundle).hexdigest()
         try:
             approval, _ = approval_of(self.site, self.study_id)

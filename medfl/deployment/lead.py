@@ -192,7 +192,7 @@ def approve(folder: Path, request: JoinRequest, content: bytes) -> bool:
 
 
 def renew_site(folder: Path, site: str, request: JoinRequest, content: bytes) -> None:
-    """Replace a site's keys, or let a revoked site in again with new ones.
+    """Replace a site's keys, or let a revoked site in again with new ones; the same again goes on after a crash.
 
     Raises:
         ConfigError: the request is of another site.
@@ -201,10 +201,12 @@ def renew_site(folder: Path, site: str, request: JoinRequest, content: bytes) ->
     place = folder / "sites" / site
     if request.site != site:
         raise ConfigError(f"the request is of {request.site}, not of {site}. Give the one that {site} sent.")
-    if not _known(place):
+    if not (known := _known(place)):
         raise PolicyError(f"{site} was never approved. Run: medfl study approve {folder} REQUEST")
     old = JoinRequest.read(place / "request.json")
-    if request.node_key == old.node_key or request.signing_key == old.signing_key:
+    same = request.node_key == old.node_key or request.signing_key == old.signing_key
+    undecided = known not in (old.digest, request.digest)  # a crash left `old`, which nobody approved
+    if same and not undecided and _revoked(place) in ("", known):
         raise PolicyError(f"{site} sent a key that it had before. Have it make new ones with: medfl site init")
     _write_site(place, request, content)
     (place / "revoked.json").unlink(missing_ok=True)
@@ -223,7 +225,8 @@ def revoke(folder: Path, site: str, why: str) -> bool:
         raise PolicyError(f"no site {site} was approved. Approved sites: {names}.")
     if (place / "revoked.json").exists():
         return False
-    write_bytes(place / "revoked.json", _json({"site": site, "at": now(), "by": person(), "why": why}))
+    facts = {"site": site, "request": _known(place), "at": now(), "by": person(), "why": why}
+    write_bytes(place / "revoked.json", _json(facts))
     return True
 
 
@@ -242,6 +245,16 @@ def _known(place: Path) -> str:
         return ""
     except (ValueError, KeyError):
         raise ConfigError(f"{place}/approved.json is damaged. Restore it from a backup.") from None
+
+
+def _revoked(place: Path) -> str:
+    """The digest of the request that was revoked; "": none was, or the release that did it noted none."""
+    try:
+        return str(json.loads((place / "revoked.json").read_bytes()).get("request", ""))
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{place}/revoked.json is damaged. Restore it from a backup.") from None
 
 
 def person() -> str:

@@ -50,6 +50,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Named:
+    """Texts of a data set's list that leave as names."""
+
+    data: str  # the data set
+    key: str  # label: texts in that column | classes: names given beforehand | labels: names of columns, the findings
+    texts: list[str]  # the columns, or of classes the names
+    own: bool  # site.yaml says so; else the study does
+
+
+@dataclass(frozen=True)
 class Review:
     """One page about a study, for the people who decide."""
 
@@ -70,6 +80,7 @@ class Review:
     privacy: dict[str, Any]  # the study's section, with this site's limits
     assumed: str  # what had to be guessed; "": nothing
     asked: list[Asked]
+    named: list[Named]  # which names leave in words
     private: dict[str, int]  # role -> tensors of the method that never leave
     refused: list[str]  # why the site's policy forbids it
 
@@ -119,6 +130,7 @@ def review(site: SiteFile, invitation: Invitation) -> Review:
         privacy=private(yaml.safe_load(invitation.config), site.policy),
         assumed=assumed,
         asked=asked,
+        named=[row for name, own in site.data.items() for row in _named(name, own, study.data)],
         private=_private(method, policy),
         refused=forbidden(site, invitation),
     )
@@ -215,6 +227,17 @@ def _outputs(site: SiteFile, study: Study) -> tuple[dict[str, int], str]:
         return {"outputs": findings, "labels": labels}, ""
     assumed = "" if classes else f"{UNKNOWN} classes (neither the study nor site.yaml names them)"
     return {"classes": classes or UNKNOWN, "labels": labels}, assumed
+
+
+def _named(name: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Named]:
+    """What leaves in words of one data set; of a study whose data have neither column, nothing."""
+    node = {**given, **own}
+    if isinstance(node.get("labels"), list):
+        yield Named(name, "labels", [str(column) for column in node["labels"]], "labels" in own)
+    elif node.get("label") is not None:
+        key = "classes" if node.get("classes") else "label"
+        texts = node["classes"] if key == "classes" else [node["label"]]
+        yield Named(name, key, [str(text) for text in texts], key in own)
 
 
 def _private(method: Method, policy: Policy) -> dict[str, int]:

@@ -13,7 +13,16 @@ from medfl.errors import ConfigError
 from medfl.onsite.audit import Audit
 from medfl.onsite.site_file import Limits, SiteFile, SitePolicy
 from medfl.provision.documents import JoinRequest, check_line, check_site, now
-from medfl.provision.keys import load_signing_key, new_node_key, new_secret, new_signing_key
+from medfl.provision.keys import (
+    load_signing_key,
+    new_node_key,
+    new_secret,
+    new_signing_key,
+    public_of,
+    public_of_node,
+    write_private,
+    write_public,
+)
 
 COLUMNS = {  # key of a data set -> names of columns that mean it
     "image": ("image", "image_path", "path", "file", "filename", "file_name", "filepath"),
@@ -98,9 +107,10 @@ def columns_in(path: Path) -> dict[str, str]:
 
 
 def create(folder: Path, answers: Answers) -> tuple[SiteFile, JoinRequest]:
-    """Write the folder; keys that an interrupted attempt left are kept.
+    """Write the folder; keys that an interrupted attempt left are kept, and site.yaml is what makes it a site.
 
     Raises:
+        CredentialError: a key that was left is damaged, or readable by others.
         ConfigError: a site is there already, or an answer cannot be used.
     """
     folder = folder.absolute()
@@ -120,20 +130,20 @@ def create(folder: Path, answers: Answers) -> tuple[SiteFile, JoinRequest]:
         if not path.exists():
             make(path)
     key = load_signing_key(draft.signing_key)
+    publics = {draft.node_key: public_of_node(draft.node_key), draft.signing_key: public_of(key)}
+    for path, public in publics.items():
+        write_public(path, public)
     request = JoinRequest(
         site=answers.name,
         contact=answers.contact,
-        node_key=draft.node_key.with_name("node.pub").read_text().strip(),
-        signing_key=draft.signing_key.with_name("signing.pub").read_text().strip(),
+        node_key=publics[draft.node_key],
+        signing_key=publics[draft.signing_key],
         created=now(),
         medfl=__version__,
         protocol=PROTOCOL,
     )
     request.write(draft.request, key)
-    text = text_of(answers)
-    with draft.path.open("x", encoding="utf-8") as file:
-        draft.path.chmod(0o600)
-        file.write(text)
+    write_private(draft.path, text_of(answers).encode())
     site = SiteFile.read(draft.path)
     Audit(site.audit).write("site made", site=site.site, medfl=__version__, request=request.digest)
     return site, request

@@ -95,15 +95,17 @@ def connection(log: Path) -> str:
 
 
 def egress(site: SiteFile, study_id: str | None) -> dict[str, Any]:
-    """What left, answer by answer, and summed by role; `study_id` None: of all studies."""
+    """What left, answer by answer, summed by role, and in words; `study_id` None: of all studies."""
     rows: list[dict[str, Any]] = []
     roles: dict[str, int] = {}
+    facts: dict[str, list[Any]] = {}
     for entry in Audit(site.audit).entries():
         if entry.get("what") != "answer" or study_id not in (None, entry.get("study")):
             continue
         arrays = [str(line).split() for line in entry.get("arrays", [])]
         for words in arrays:
             roles[words[0]] = roles.get(words[0], 0) + int(words[-1])
+        _note(facts, entry.get("facts"))
         keys = {key: entry.get(key) for key in ("study", "stage", "arm", "round")}
         rows.append({"time": entry["t"], **keys, "tensors": len(arrays), "metrics": len(entry.get("metrics", [])),
                      "bytes": int(entry.get("bytes", 0))})  # fmt: skip
@@ -113,7 +115,15 @@ def egress(site: SiteFile, study_id: str | None) -> dict[str, Any]:
         "bytes": sum(row["bytes"] for row in rows),
         "roles": dict(sorted(roles.items())),
         "metrics": numbers,
+        "facts": facts,
     }
+
+
+def _note(facts: dict[str, list[Any]], told: object) -> None:
+    """Add what one answer told in words to name -> the different values so far."""
+    for name, value in (told if isinstance(told, dict) else {}).items():  # lines of old releases have names alone
+        if value and value not in facts.setdefault(name, []):
+            facts[name].append(value)
 
 
 def _next(site: SiteFile, studies: list[dict[str, Any]], entries: Iterable[Entry], where: str) -> str:

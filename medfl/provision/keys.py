@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
 )
 
 from medfl.errors import CredentialError
@@ -35,7 +36,7 @@ def new_node_key(path: Path) -> None:
     _write_pair(
         path,
         key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
-        key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH),
+        _openssh(key),
     )
 
 
@@ -74,6 +75,23 @@ def load_signing_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise CredentialError(f"{path}: got no Ed25519 key in PEM. Restore it from a backup, or make a new one.")
     return key
+
+
+def public_of_node(path: Path) -> str:
+    """The public key of a node's private key file, in OpenSSH's format.
+
+    Raises:
+        CredentialError: missing, readable by others, or no EC key.
+    """
+    try:
+        key = load_ssh_private_key(private(path).read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise CredentialError(
+            f"{path}: got no EC key in OpenSSH's format. Restore it from a backup, or make a new one."
+        )
+    return _openssh(key).decode()
 
 
 def public_of(key: Ed25519PrivateKey) -> str:
@@ -138,6 +156,15 @@ def write_private(path: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+def write_public(path: Path, public: str) -> None:
+    """Write the public key beside the private key `path`."""
+    path.with_name(f"{path.name}.pub").write_text(public + "\n")
+
+
 def _write_pair(path: Path, secret: bytes, public: bytes) -> None:
     write_private(path, secret)
-    path.with_name(f"{path.name}.pub").write_bytes(public + b"\n")
+    write_public(path, public.decode())
+
+
+def _openssh(key: EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -9,9 +9,14 @@ import pytest
 import yaml
 from flwr.app import ConfigRecord, Message
 
-from medfl import config
+from medfl import config, envelope
+from medfl.cli import site_pages
+from medfl.deployment import site_status
 from medfl.errors import ConfigError, MedflError
+from medfl.messages import DESCRIBE
 from medfl.onsite.audit import Audit
+from medfl.onsite.site_file import SiteFile
+from medfl.provision.keys import load_signing_key
 from medfl.run_folder import RunFolder
 from tests.federation.real import SMALL, STUDY_ID, SealedGrid, real_study
 from tests.federation.small import digest, run
@@ -55,6 +60,11 @@ def test_the_audit_log_of_a_site_is_what_the_servers_wire_list_says(whole: Path)
     )
     assert told == up
     assert Audit.verify(whole / "beta" / "audit.jsonl") == []
+    (first,) = [line for line in lines if line.get("facts")]
+    assert first["facts"] == {"classes": ["no", "yes"], "held_out": "no", "owners": ""}
+    assert first["bytes"] == 8 * len(first["metrics"]) + len("noyesno")
+    shown = site_pages.egress(site_status.egress(SiteFile.read(whole / "beta"), None))
+    assert "names of classes, as this site's list of images has them: no, yes\n" in shown
 
 
 def test_a_cut_audit_log_is_found_with_the_head_that_the_server_keeps(whole: Path) -> None:
@@ -174,6 +184,11 @@ def _replayed(grid: SealedGrid, message: Message, reply: Message) -> Message:
     return Message(first.content, reply_to=message)
 
 
+def _bytes(grid: SealedGrid, message: Message, reply: Message) -> Message:
+    reply.content.config_records["identity"]["layout"] = b"x"
+    return reply
+
+
 def _flipped(grid: SealedGrid, message: Message, reply: Message) -> Message:
     for arrays in reply.content.array_records.values():
         for array in arrays.values():
@@ -181,7 +196,9 @@ def _flipped(grid: SealedGrid, message: Message, reply: Message) -> Message:
     return reply
 
 
-@pytest.mark.parametrize("change", [_other_metric, _other_name, _no_seal, _odd_seal, _of_alpha, _flipped, _replayed])
+@pytest.mark.parametrize(
+    "change", [_other_metric, _other_name, _no_seal, _odd_seal, _of_alpha, _bytes, _flipped, _replayed]
+)
 def test_a_reply_that_is_not_its_makers_costs_that_site_alone(change: object, tmp_path: Path) -> None:
     study = real_study(tmp_path, "arms=[federated]", "rounds.count=2")
     folder = study.run(stages="pretrain", grid=type("Changing", (Tampering,), {"change": change}))
@@ -210,6 +227,38 @@ def test_a_stage_that_was_not_approved_is_not_asked_for(tmp_path: Path) -> None:
     study = real_study(tmp_path, "arms=[federated]", "stages=[pretrain,evaluate]")
     with pytest.raises(ConfigError, match="the approved study has no 'finetune', only pretrain, evaluate"):
         study.run(stages="pretrain,finetune")
+
+
+def _sealed_again(grid: SealedGrid, message: Message, reply: Message, place: Path) -> Message:
+    """The seal that beta itself would have put on what the answer holds now."""
+    seal, sealed = dict(reply.content.config_records["seal"]), envelope.Seal.__annotations__
+    key = load_signing_key(place / "keys" / "signing")
+    envelope.closed(reply.content, key, envelope.Seal(**{name: seal[name] for name in sealed}))
+    return reply
+
+
+ODD = {
+    "no metrics": lambda content: content.pop("metrics"),
+    "no number of images": lambda content: content["metrics"].pop("site/train"),
+    "another number": lambda content: content["metrics"].update({"site/steps": 1}),
+    "another record": lambda content: content.update({"more": ConfigRecord({"text": "x"})}),
+    "another fact": lambda content: content["identity"].update({"patients": "x"}),
+    "no classes": lambda content: content["identity"].pop("classes"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_well_sealed_but_odd_enrolment_costs_that_site_alone(odd: str, tmp_path: Path) -> None:
+    def change(grid: SealedGrid, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == DESCRIBE:
+            ODD[odd](reply.content)
+            return _sealed_again(grid, message, reply, study.sites["beta"])
+        return reply
+
+    study = real_study(tmp_path, "arms=[federated]", "rounds.count=1")
+    folder = study.run(stages="pretrain", grid=type("Changing", (Tampering,), {"change": change}))
+    assert {event["site"] for event in folder.events() if event["name"] == "round/weight"} == {"alpha", "gamma"}
+    assert [event for event in folder.events() if event["name"] == "refused" and event["stage"] == "enrol"]
 
 
 def test_a_revoked_site_and_an_order_of_another_key_do_not_count(tmp_path: Path) -> None:

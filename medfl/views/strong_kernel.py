@@ -13,11 +13,12 @@ from medfl.views.compiled import CHUNK, HALF, ONE, ZERO, compiled, f32, hashed, 
 from medfl.views.operations import GREY, LEVELS, TINY
 from medfl.views.tone import Numbers, Operation, Tone
 
+# Numbers have names here: f32(0.18) within a loop keeps numba from making it a loop of vectors.
 TWO, FOUR, SIX = (f32(value) for value in (2, 4, 6))
 FINE = 1 << 12  # bins of values in [0, 1]: a rank is first found among them, then within one
-LN2 = f32(-np.log(2))
+MINUS_LN2 = f32(-np.log(2))
 MIDDLE_R, FAR_R, EDGE = f32(0.180625), f32(1.6), f32(0.425)
-NEAR = tuple(
+NEAR = tuple(  # of the normal quantile: see `_near` and `_far`
     map(f32, (59.109374720, 159.29113202, 50.434271938, 3.3871327179, 67.187563600, 78.757757664, 17.895169469))
 )
 FAR = tuple(map(f32, (0.17023821103, 1.3067284816, 2.7568153900, 1.4234372777, 0.12021132975, 0.73700164250)))
@@ -193,7 +194,7 @@ def _near(q: Any) -> Any:
 @compiled
 def _far(q: Any) -> Any:
     """That of 1/2 + q for q from 0.425 to 1/2 - 2^-25."""
-    r = np.sqrt(max(LN2 * log2(HALF - q), ZERO)) - FAR_R
+    r = np.sqrt(max(MINUS_LN2 * log2(HALF - q), ZERO)) - FAR_R
     top = ((FAR[0] * r + FAR[1]) * r + FAR[2]) * r + FAR[3]
     return top / ((FAR[4] * r + FAR[5]) * r + ONE)
 

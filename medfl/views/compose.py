@@ -75,10 +75,11 @@ class Views:
 
     def render(self, images: Tensor, draw: Draw) -> list[Tensor]:
         """The views of `images` that were drawn."""
-        make = self._kernel if compiles(self.backend, images.device) else self._torch
+        make = self.compiled if compiles(self.backend, images.device) else self._torch
         return list(make(images.detach(), draw).view(draw.count, *images.shape).unbind(0))
 
-    def _kernel(self, images: Tensor, draw: Draw) -> Tensor:
+    def compiled(self, images: Tensor, draw: Draw, channels: int | None = None) -> Tensor:
+        """The views (V B, C, *S) by the CPU kernel, of the first channels alone: the others are left open."""
         from medfl.views import kernel
 
         return kernel.render(
@@ -88,6 +89,7 @@ class Views:
             taps=draw.taps,
             salts=draw.salts,
             padding=self.spatial.padding,
+            channels=channels,
         )
 
     def _torch(self, images: Tensor, draw: Draw) -> Tensor:

@@ -144,14 +144,18 @@ def _place(image: Array, out: Array, affine: Array, reach: np.float32) -> None:
 
 
 @compiled
-def _rows(images: Array, out: Array, drawn: Drawn, start: int, stop: int) -> None:
-    """Rows `start` to `stop` of out (R, C, D, H, W); row r shows image r modulo B of images (B, C, D, H, W)."""
+def _rows(images: Array, out: Array, channels: int, drawn: Drawn, start: int, stop: int) -> None:
+    """The first channels of rows `start` to `stop` of out (R, C, D, H, W).
+
+    Row r shows image r modulo B of images (B, C, D, H, W).
+    """
     picked = np.empty(CHUNK, np.uint32)
     for row in range(start, stop):
-        _place(images[row % len(images)], out[row], drawn.affine[row], drawn.reach)
+        made = out[row][:channels]
+        _place(images[row % len(images)][:channels], made, drawn.affine[row], drawn.reach)
         if drawn.taps[row, drawn.taps.shape[1] // 2] < ONE:
-            soften(out[row], drawn.taps[row])
-        view = out[row].reshape(-1)
+            soften(made, drawn.taps[row])
+        view = made.reshape(-1)
         for first in range(0, view.size, CHUNK):
             part = view[first : first + CHUNK]
             if drawn.tone[row, 0] != ONE:
@@ -159,13 +163,26 @@ def _rows(images: Array, out: Array, drawn: Drawn, start: int, stop: int) -> Non
             _finish(part, picked, first, drawn, row)
 
 
-def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: Tensor, padding: str) -> Tensor:
+def render(
+    images: Tensor,
+    maps: Tensor,
+    *,
+    tone: Tensor,
+    taps: Tensor,
+    salts: Tensor,
+    padding: str,
+    channels: int | None = None,
+) -> Tensor:
     """Views (R, C, *S) of images (B, C, *S), float32 on the CPU, on `torch.get_num_threads()` threads.
 
     Row r shows image r modulo B. `maps` (R, d, d + 1) is from `Spatial.draw`, tone and taps from `Intensity.draw`,
     salts (R, 2) int32.
+
+    Args:
+        channels: the first ones, which are made; what the others hold is left open. None: all.
     """
     rows, shape = len(maps), images.shape[1:]
+    some = shape[0] if channels is None else channels
     out = torch.empty(rows, *shape)
     source, target = (x.view(len(x), shape[0], -1, *shape[-2:]).numpy() for x in (images.contiguous(), out))
     drawn = Drawn(
@@ -176,7 +193,7 @@ def render(images: Tensor, maps: Tensor, *, tone: Tensor, taps: Tensor, salts: T
         quantiles=quantiles(images.device).numpy(),
         reach=np.float32(padding == "zeros"),
     )
-    threaded(lambda start, stop: _rows(source, target, drawn, start, stop), rows, voxels=out.numel())
+    threaded(lambda start, stop: _rows(source, target, some, drawn, start, stop), rows, voxels=out.numel())
     return out
 
 

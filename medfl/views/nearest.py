@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from medfl.views.compiled import LANES, ONE, ZERO, compiled, f32, i32, u32
@@ -11,8 +10,8 @@ from medfl.views.kernel import from_corner, u64
 
 
 @compiled
-def _rows(images: Any, out: Any, affine: Any, border: bool) -> None:
-    """out (R, C, D, H, W); row r shows image r modulo B of images (B, C, D, H, W)."""
+def _rows(images: Any, out: Any, affine: Any, begin: int, border: bool) -> None:
+    """The channels from `begin` on of out (R, C, D, H, W); row r shows image r modulo B of images (B, C, D, H, W)."""
     channels, depth, height, width = images.shape[1:]
     sides = (depth, height, width)
     padded = (width + LANES - 1) // LANES * LANES
@@ -31,7 +30,7 @@ def _rows(images: Any, out: Any, affine: Any, border: bool) -> None:
                         kept = min(max(at, ZERO), last)
                         inside[k] = inside[k] if border or at == kept else ZERO
                         voxel[k] = u32(u32(voxel[k] * side) + u32(i32(kept)))
-                for c in range(channels):
+                for c in range(begin, channels):
                     volume = source[c].reshape(-1)
                     for k in range(padded):
                         line[k] = volume[u64(voxel[k])] if inside[k] == ONE else ZERO
@@ -39,14 +38,11 @@ def _rows(images: Any, out: Any, affine: Any, border: bool) -> None:
                         out[row, c, z, y, k] = line[k]
 
 
-def render(images: Tensor, maps: Tensor, *, padding: str) -> Tensor:
-    """Views (R, C, *S) of images (B, C, *S), float32 on the CPU: what `spatial.resample` gives with mode="nearest".
+def fill(out: Tensor, images: Tensor, maps: Tensor, *, begin: int, padding: str) -> None:
+    """The channels from `begin` on of views out (R, C, *S) of images (B, C, *S), float32 and contiguous on the CPU.
 
-    Row r shows image r modulo B. Places midway between two voxels may fall to the other one, by rounding.
+    They become what `spatial.resample` gives with mode="nearest". Row r shows image r modulo B. Places midway between
+    two voxels may fall to the other one, by rounding.
     """
-    out = torch.empty(len(maps), *images.shape[1:])
-    source, target = (
-        x.view(len(x), images.shape[1], -1, *images.shape[-2:]).numpy() for x in (images.contiguous(), out)
-    )
-    _rows(source, target, from_corner(maps, images.shape[2:]), padding == "border")
-    return out
+    source, target = (x.view(len(x), x.shape[1], -1, *x.shape[-2:]).numpy() for x in (images.contiguous(), out))
+    _rows(source, target, from_corner(maps, images.shape[2:]), begin, padding == "border")

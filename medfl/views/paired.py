@@ -40,6 +40,9 @@ class Paired:
         if images.shape[1] < self.channels:
             raise ValueError(f"views: got {images.shape[1]} channels, need the {self.channels} of an image or more.")
         draw = self.views.draw(len(images), images.shape[2:], key=key, count=count)
+        if compose.compiles(self.views.backend, images.device):
+            made = self._compiled(images.detach(), draw)
+            return list(made.view(count, *images.shape).unbind(0))
         views = self.views.render(images[:, : self.channels], draw)
         masks = images[:, self.channels :]
         if not masks.shape[1]:
@@ -47,12 +50,17 @@ class Paired:
         moved = self._moved(masks, draw.maps).view(count, *masks.shape)
         return [torch.cat(pair, dim=1) for pair in zip(views, moved, strict=True)]
 
+    def _compiled(self, images: Tensor, draw: compose.Draw) -> Tensor:
+        """All views (V B, C, *S), images and masks, each made where it stays."""
+        from medfl.views import nearest
+
+        made = self.views.compiled(images, draw, self.channels)
+        if images.shape[1] > self.channels:
+            nearest.fill(made, images, draw.maps, begin=self.channels, padding=self.views.spatial.padding)
+        return made
+
     def _moved(self, masks: Tensor, maps: Tensor) -> Tensor:
         """The masks (V B, C, *S) of all views at `maps`."""
         padding = self.views.spatial.padding
-        if compose.compiles(self.views.backend, masks.device):
-            from medfl.views import nearest
-
-            return nearest.render(masks, maps, padding=padding)
         repeated = masks.repeat(len(maps) // len(masks), *[1] * (masks.ndim - 1))
         return spatial.resample(repeated, maps.to(masks.device, non_blocking=True), padding=padding, mode="nearest")

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import met
+from harness import ABSENT, met
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs/bench"
@@ -76,7 +76,8 @@ def section(found: Mapping[str, Found], *, extent: str) -> str:
     told = [one["machine"] for one in found.values() if "machine" in one]
     lines = [f"Made {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/bench.py {extent}`.".replace(" `.", "`."), ""]
     if told:
-        versions = {name: number for one in told for name, number in one.get("versions", {}).items()}
+        rows = [item for one in told for item in one.get("versions", {}).items()]
+        versions = dict(sorted(rows, key=lambda row: row[1] != ABSENT))  # a peer may have been there for some scripts
         loads = [one["load"][0] for one in told if "load" in one]
         lines += [
             f"{told[0]['processor']}, {told[0]['cores']} cores; load {min(loads):.1f} to {max(loads):.1f}; Python "

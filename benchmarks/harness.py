@@ -31,6 +31,7 @@ import torch
 
 VERSIONED = ("torch", "numpy", "numba", "monai", "flwr", "medmnist", "lightly", "pfl", "vector-quantize-pytorch")
 FIGURES = ("median", "min", "max")
+ABSENT = "not installed"  # in place of a version
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def write(path: Path, result: Mapping[str, object]) -> None:

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import monai_views
+import studies
 import torch
 from harness import figure, machine, met, not_run, write
 from torch import Tensor
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from medfl import config
-from medfl.site import Site, open_site
+from medfl.site import Site
 from medfl.training import Plan, Task, train_locally
 
 SHAPES = {
@@ -80,11 +81,7 @@ class Moved(TorchDispatchMode):
 def opened(method: str, shape: str, device: str, *, small: bool) -> Site:
     """A site of this method, its codebooks set."""
     words = [f"method={method}", *COMMON, *SHAPES[shape], *(SMALL[shape] if small else ())]
-    site = open_site(config.compose([*words, f"training.device={device}"]).source, 0)
-    for name, book in site.shop.method.codebooks().items():
-        found = site._seeds(least=1)
-        book.set(found[f"{name}.counts"], found[f"{name}.sums"])
-    return site
+    return studies.opened([*words, f"training.device={device}"])
 
 
 def looped(site: Site, task: Task) -> Callable[[int], None]:
@@ -93,13 +90,11 @@ def looped(site: Site, task: Task) -> Callable[[int], None]:
     optimizer = config.build(training.optimizer, parameters=shop.method.trainable())
     plan = Plan(0, site.data.name, 1, 10**6, 1, training.batch_size, training.warmup, training.schedule)
     rounds = itertools.count(1)
-    return lambda steps: void(
+
+    def run(steps: int) -> None:
         train_locally(shop.method, task, optimizer, replace(plan, round=next(rounds), steps=steps), shop.where)
-    )
 
-
-def void(_: object) -> None:
-    """Nothing."""
+    return run
 
 
 def seconds(run: Callable[[int], None], steps: int) -> float:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
+import studies
 import torch
 from harness import figure, machine, race, write
 from torch import Tensor
 
 from medfl import config
 from medfl.methods.base import Method
-from medfl.site import Site, open_site
+from medfl.site import Site
 from medfl.training import Plan, Task, train_locally
 
 BARS = {"simclr": 1.08, "medcss": 1.08, "dissect": 1.25, "dcl": 1.25}
@@ -46,12 +47,7 @@ FIGURES = ("median", "min", "max")
 
 def opened(method: str, shape: str, words: list[str]) -> Site:
     """A site of this method, its codebooks set."""
-    study = config.compose([f"method={method}", *SHAPES[shape], *COMMON, *ONE_CELL.get((method, shape), ()), *words])
-    site = open_site(study.source, 0)
-    for name, book in site.shop.method.codebooks().items():
-        found = site._seeds(least=1)
-        book.set(found[f"{name}.counts"], found[f"{name}.sums"])
-    return site
+    return studies.opened([f"method={method}", *SHAPES[shape], *COMMON, *ONE_CELL.get((method, shape), ()), *words])
 
 
 def passes(method: Method, views: list[Tensor]) -> list[tuple[torch.nn.Module, Tensor, bool]]:

@@ -15,7 +15,9 @@ from statistics import mean, stdev
 import yaml
 from scipy import stats
 
+from medfl import config
 from medfl.run_folder import RunFolder
+from medfl.site import Site, open_site
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "breast": ("data=medmnist", "data.name=breastmnist", "data.root={data}/medmnist", "sites=hospital"),
@@ -43,6 +45,15 @@ def options(
     found.add_argument("--json", type=Path)
     found.add_argument("overrides", nargs="*")
     return found
+
+
+def opened(words: Sequence[str]) -> Site:
+    """The first site of a study, its codebooks set."""
+    site = open_site(config.compose(words).source, 0)
+    for name, book in site.shop.method.codebooks().items():
+        found = site._seeds(least=1)
+        book.set(found[f"{name}.counts"], found[f"{name}.sums"])
+    return site
 
 
 def words_of(name: str, data: Path) -> list[str]:

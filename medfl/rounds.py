@@ -16,7 +16,7 @@ from medfl.layout import Layout, Tensors
 from medfl.messages import REFRESH, SEED, TRAIN, Order
 from medfl.methods.base import Role
 from medfl.methods.phases import phase_of
-from medfl.run_folder import Event
+from medfl.run_folder import CLOSED, Event
 from medfl.secagg.at_server import REMARK, collect_added, is_sum, of_all
 from medfl.server_books import Books
 from medfl.server_state import Server
@@ -45,7 +45,7 @@ def run_round(federation: Federation, server: Server, sites: Sequence[Enrolled],
     if not able:
         server.round += 1
         text = f"phase '{phase}': no site of this arm holds what it needs ({needed}); the weights stay."
-        said = {"round/sites": (0.0, ""), "remark": (1.0, text)}  # the first closes the round, as that of others
+        said = {CLOSED: (0.0, ""), "remark": (1.0, text)}  # the first closes the round, as that of others
         federation.folder.write(Event(federation.stage, server.arm, server.round, "", n, *v) for n, v in said.items())
         return
     order = order_of(study, server, server.round + 1, steps)
@@ -243,7 +243,7 @@ def _events(
     means = _means(updates, weights)
     rows += [event("", name, value) for name, value in means.items()]
     rows += [event(site, name, value) for site, name, value in told]
-    rows.append(event("", "round/sites", float(len(updates))))  # closes the round for those who watch
+    rows.append(event("", CLOSED, float(len(updates))))  # closes the round for those who watch
     terms = {name.removeprefix("loss/"): value for name, value in means.items() if name.startswith("loss/")}
     remarks = [*server.blueprint.remarks(terms), *_index_alarms(told)]
     if server.round == 1 and hidden:

@@ -21,6 +21,7 @@ EVALUATION = ("arm", "site", "task", "protocol", "label_fraction", "metric", "va
 TRANSFER = ("trained_on", "tested_on", "kind", "metric", "value", "low", "high")
 WIRE = ("round", "site", "direction", "name", "role", "dtype", "shape", "bytes", "arm", "stage")
 LOOKS = 20  # at another process' lock, 0.1 s apart
+CLOSED = "round/sites"  # the event that is written when a round is over, and not before
 TRAININGS = ("pretrain", "finetune")  # stages of rounds; the names of their arms differ
 Row = Mapping[str, object]
 

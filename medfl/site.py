@@ -262,7 +262,7 @@ class Site:
         """The training images of the refresh pass, in batches: a fixed sample."""
         draw = seeding.generator(self.shop.study.seed, "refresh", self.data.name)
         chosen = torch.randperm(len(self.images), generator=draw)[: self.shop.study.rounds.refresh_volumes]
-        return list(batches(chosen, self.shop.study.training.batch_size))
+        return batches(chosen, self.shop.study.training.batch_size)
 
     @torch.no_grad()
     def _refresh(self) -> tuple[Tensors, dict[str, float], dict[str, CodeSums]]:

@@ -90,14 +90,13 @@ def _taught(shop: Workshop, data: SiteData, members: Mapping[str, int]) -> Tenso
         own, key = stretch(data.train, first, count), labels_key(shop.study.seed, site)
         found.append(first + rows_of(own, plan.label_fraction, least=plan.label_least, key=key, alone=alone))
         first += count
-    rows = torch.cat(found)
+    rows, what = torch.cat(found), "mask" if masked else "label"
     if not len(rows):
-        what = "mask" if masked else "label"
         raise DataError(f"site '{data.name}': no training image has a known {what}, so it cannot take part.")
     least = int(shop.study.sites.get("min_images", 0)) if shop.study.study_id else 0  # what policy.least_images says
     if len(rows) < least:
         raise PolicyError(
-            f"site '{data.name}': {len(rows)} images would be trained on with their {'mask' if masked else 'label'}, "
+            f"site '{data.name}': {len(rows)} images would be trained on with their {what}, "
             f"policy.least_images asks for {least}. Take a larger share of them (finetune.fractions)."
         )
     return rows

@@ -261,19 +261,21 @@ class Study:
         self._check_private()
 
     def _check_private(self) -> None:
-        if "synthesize" in self.stages and self.privacy.on:
+        if not self.privacy.on:
+            return
+        if "synthesize" in self.stages:
             raise ConfigError(
                 "stages: synthesize makes images of patients and counts of them, without any privacy. Leave it out, or "
                 "take privacy=none."
             )
-        if self.data.get("slab_splits") and self.privacy.on:
+        if self.data.get("slab_splits"):
             raise ConfigError(
                 "data.slab_splits: each slab counts as a patient, so privacy would be that of a slab, not of a person. "
                 "Set it to null, or take privacy=none."
             )
-        if self.training.parts > 1 and self.privacy.on:
+        if self.training.parts > 1:
             raise ConfigError("training.parts: under privacy gradients are of single patients or groups. Set it to 1.")
-        if self.training.checkpointing and self.privacy.on:
+        if self.training.checkpointing:
             raise ConfigError(
                 "training.checkpointing: gradients of single patients need all activations. Set it false."
             )

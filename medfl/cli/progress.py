@@ -13,7 +13,7 @@ from rich.table import Table
 
 from medfl.cli.plain import plain
 from medfl.report.words import HEADLINES, TUNED
-from medfl.run_folder import TRAININGS, Event, RunFolder
+from medfl.run_folder import CLOSED, TRAININGS, Event, RunFolder
 from medfl.study import Study
 
 
@@ -60,7 +60,7 @@ class Progress:
             self.bars.update(self.task, total=max(1, self.planned))
         elif event.stage in TRAININGS and event.name == "loss/total" and not event.site:
             self.loss = f"  loss {event.value:.3f}"
-        elif event.stage in TRAININGS and event.name == "round/sites":
+        elif event.stage in TRAININGS and event.name == CLOSED:
             self._round(event)
 
     def _remark(self, event: Event) -> None:

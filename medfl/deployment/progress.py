@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from medfl.run_folder import TRAININGS
+from medfl.run_folder import CLOSED, TRAININGS
 
-CLOSED, LOSS = "round/sites", "loss/total"  # of every round; of one whose sites may tell it
+LOSS = "loss/total"  # of a round whose sites may tell it
 TOLD = ("refused", "remark", "checkpoint/damaged", "joined")
 SHOWN = 5  # of what was told last
 AROUND = ("keys", "shares", "unmask")  # exchanges around a masked sum, in the middle of a stage

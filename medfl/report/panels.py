@@ -8,10 +8,10 @@ from statistics import fmean
 from medfl.report.figures import ARM_INKS, Panel, Series, curves, limits_of
 from medfl.report.tables import Run, ordered_sites
 from medfl.report.words import TITLES, TUNED, Tuned, taken_apart
+from medfl.run_folder import CLOSED
 
 GROUPS = {"federated": "Federated", "local": "Each site alone", "central": "Central"}
 PHASE = "phase"  # of the events; the reason is the phase's name
-CLOSED = "round/sites"  # of the events: written when a round is over, and not before
 POINTS = 1600  # of one panel; longer runs are drawn with every k-th round
 COLOURS = 8  # lines that can be told apart; with more sites they are all grey
 MONITORS = {  # event -> (heading, unit, how to read it)

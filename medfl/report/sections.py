@@ -10,6 +10,7 @@ from medfl.report.cells import NONE, Section
 from medfl.report.summary import Comparison, Estimate, bounds
 from medfl.report.tables import COUNTS, FILES, Run, ordered_sites, study_node
 from medfl.report.words import OF_FINDING, TITLES, TUNED
+from medfl.run_folder import CLOSED
 
 CALIBRATION = {
     "site_accuracy": "Site recognised from raw intensities (balanced accuracy)",
@@ -121,7 +122,7 @@ def refusals(run: Run) -> Section:
     counts = [
         f"{value:.0f}"
         for (name, arm, _), line in run.lines.items()
-        if (name, arm) == ("round/sites", "federated")
+        if (name, arm) == (CLOSED, "federated")
         for _, value in line
     ]
     span = sorted(set(counts), key=int)

@@ -156,9 +156,7 @@ class Session:
     def _only_once(self, roster: Roster, alive: list[str]) -> None:
         """A round repeated with other sites or weights would show the difference: updates of single sites."""
         file, name = self.file.with_name("sums.json"), f"{self.ticket.kind} {self.ticket.round}"
-        if (
-            self.ticket.kind == "refresh"
-        ):  # several of a round, each under other codes: they depend on the broadcast alone
+        if self.ticket.kind == "refresh":  # a round has several, under other codes: they are of the broadcast alone
             name += f" {self.broadcast[:16]}"
         before, asked = _read(file), {site: dict(roster.sites[site].weights) for site in alive}
         if before.setdefault(name, asked) != asked:

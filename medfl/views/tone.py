@@ -90,9 +90,14 @@ class Tone:
         even = [span.at(next(columns)) for span in spans]
         return torch.stack([*even, self.photons.at_ratio(next(columns))], dim=1)
 
+    @property
+    def _radius(self) -> int:
+        """Of the smoothing of volumes."""
+        return ceil(3 * self.sigma.high)
+
     def smoothing(self, table: Tensor, dims: int) -> tuple[Tensor, float]:
         """`operations.smoothing` of all rows."""
-        return operations.smoothing(Numbers(*table.unbind(1)).sigma, dims, radius=ceil(3 * self.sigma.high))
+        return operations.smoothing(Numbers(*table.unbind(1)).sigma, dims, radius=self._radius)
 
     def changed(self, u: Tensor, operation: Operation, table: Tensor, salts: Tensor) -> Tensor:
         """Rows u (R, C, *S) in [0, 1] after one operation, with their rows of the table and of the salts."""
@@ -105,8 +110,7 @@ class Tone:
             case Operation.EQUALIZE:
                 return operations.equalized(u)
             case Operation.SHARPNESS:
-                radius = ceil(3 * self.sigma.high)
-                return operations.sharpened(u, drawn.sharpness, drawn.sigma, radius=radius)
+                return operations.sharpened(u, drawn.sharpness, drawn.sigma, radius=self._radius)
             case Operation.BRIGHTNESS:
                 return operations.brightened(u, drawn.brightness)
             case Operation.PHOTONS:

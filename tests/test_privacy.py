@@ -172,7 +172,9 @@ def test_clipping_shortens_and_drops_what_is_not_finite() -> None:
 def test_the_noise_has_its_size_and_shape_where_nobody_takes_part() -> None:
     method = isolated("task", "classification", 2)
     units, privacy = each_apart(), settings(mechanism="patient", noise=1.7, clip=0.3)
-    with PrivateGradients(method, task_of(method, 2), PLAN, CPU, privacy, replace(units, rate=1e-12)) as gradients:
+    with PrivateGradients(
+        method, task_of(method, 2), PLAN, CPU, privacy, replace(units, rate=1e-12), Secret(5)
+    ) as gradients:
         drawn = []
         for step in range(200_000 // sum(p.numel() for p in method.trainable()) + 1):
             assert gradients(step) == {}

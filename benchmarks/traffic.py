@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/traffic.py [--json FILE]
 
 All tensors of wire.csv count, the plain sums in float64 too, which are never compressed; beside it weights alone. Drawn
-images: bytes depend on the network, not on what it sees. AUC and time of the forms: `compression.py`.
+images, two rounds of eight steps: bytes of packed halves depend a little on the weights. AUC and time of the forms:
+`compression.py`.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from medfl import egress, envelope
 from medfl.derived import follows
 from medfl.errors import ConfigError, PolicyError
 from medfl.layout import Layout
-from medfl.messages import Answer, Broadcast, Order
+from medfl.messages import Answer, Broadcast, Order, sizes_of
 from medfl.onsite import policy
 from medfl.onsite.approvals import Approval, approval_of
 from medfl.onsite.audit import Audit, parse_head
@@ -167,14 +167,15 @@ def release(admitted: Admitted, answer: Answer, layout: Layout) -> RecordDict:
     if admitted.kind == "keys":
         answer = signed_offer(answer, admitted.broadcast.order, _key(site.signing_key))
     record = answer.to_record()
-    order, size = admitted.broadcast.order, sum(array.nbytes for array in answer.flat.values())
+    order, sizes = admitted.broadcast.order, sizes_of(record)
+    size = sum(sizes.values())
     if size > site.policy.most_bytes:
         raise PolicyError(f"the answer has {size} bytes, policy.most_bytes allows {site.policy.most_bytes}.")
     key, ledger = _key(site.signing_key), Ledger.of(site.state, site.site)
     spent = {"ledger": "{}:{}".format(*ledger.head())} if ledger.path.exists() else {}
     number, hash_ = Audit(site.audit).write(
         "answer", study=admitted.study_id, stage=admitted.kind, arm=order.arm, round=order.round,
-        bytes=size + 8 * len(answer.metrics) + egress.fact_bytes(answer.facts), arrays=egress.contents(layout),
+        bytes=size + 8 * len(answer.metrics) + egress.fact_bytes(answer.facts), arrays=egress.contents(layout, sizes),
         metrics=sorted(answer.metrics), facts=dict(sorted(answer.facts.items())), order=admitted.order_digest, **spent,
     )  # fmt: skip
     now = envelope.now()

@@ -3,6 +3,7 @@
 Long arrays are taken in chunks, so that what lies between stays in the cache.
 """
 
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ STRIDE = 61  # one in so many values tells about where the largest begin
 HALF_LIMIT = 65520.0  # from here on float16 rounds to infinity
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST = np.finfo(np.float32).tiny  # of scales: dividing by smaller ones is not precise
+BARE = -15  # zlib: a stream of the largest window without a header
 
 
 def to_half(values: np.ndarray, dtype: str, out: np.ndarray) -> None:
@@ -27,6 +29,33 @@ def to_half(values: np.ndarray, dtype: str, out: np.ndarray) -> None:
 def of_half(halves: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """What `to_half` wrote, as float32."""
     torch.from_numpy(out).copy_(_half(halves, dtype))
+
+
+def to_packed(halves: np.ndarray) -> bytes:
+    """16-bit floats without loss: their lower bytes as they are, then their upper ones, deflated.
+
+    The upper byte is the sign and most of the exponent, of which weights of a network use about 3 bits of 8 (as in
+    ZipNN, Hershcovitch et al. 2024). Huffman codes alone: bytes do not repeat in a way that is worth looking for.
+    """
+    lower, upper = (np.ascontiguousarray(halves.reshape(-1).view(np.uint8)[place::2]).data for place in (0, 1))
+    deflate = zlib.compressobj(1, zlib.DEFLATED, BARE, 9, zlib.Z_HUFFMAN_ONLY)
+    return b"".join((lower, deflate.compress(upper), deflate.flush()))
+
+
+def of_packed(data: bytes | memoryview, size: int, dtype: np.dtype) -> np.ndarray:
+    """(size,) what `to_packed` was given; no more memory is taken than that needs, whatever came.
+
+    Raises:
+        ValueError: bytes that hold more or fewer values, or no such stream.
+    """
+    lower, inflate = np.frombuffer(data, np.uint8, min(size, len(data))), zlib.decompressobj(BARE)
+    try:
+        upper = np.frombuffer(inflate.decompress(memoryview(data)[size:], size + 1), np.uint8)
+    except zlib.error:
+        upper = lower[:0]
+    if not (lower.size == upper.size == size and inflate.eof and not inflate.unused_data):
+        raise ValueError(f"its packed bytes are not those of {size} values")
+    return np.stack((lower, upper), axis=1).reshape(-1).view(dtype)
 
 
 def _half(array: np.ndarray, dtype: str) -> torch.Tensor:

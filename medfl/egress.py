@@ -54,9 +54,13 @@ def fact_bytes(facts: Mapping[str, str | list[str]]) -> int:
     )
 
 
-def contents(layout: Layout) -> list[str]:
-    """One line for each tensor, as the audit log has it: role, name, dtype, shape, bytes."""
+def contents(layout: Layout, sizes: Mapping[str, int]) -> list[str]:
+    """One line for each tensor, as the audit log has it: role, name, dtype, shape, bytes.
+
+    Args:
+        sizes: bytes of each group as it travels.
+    """
     return [
-        f"{slot.role} {slot.name} {slot.dtype} {'x'.join(map(str, slot.shape)) or '1'} {slot.bytes}"
-        for slot in layout.slots
+        f"{slot.role} {slot.name} {slot.dtype} {'x'.join(map(str, slot.shape)) or '1'} {size}"
+        for slot, size in layout.crossing(sizes)
     ]

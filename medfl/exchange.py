@@ -1,7 +1,7 @@
 """Asking the sites: one request to many, and what crossed each site's border, into wire.csv."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -12,7 +12,7 @@ from medfl.evaluation.counts import LEAST
 from medfl.forms import Form, forms_of
 from medfl.gate import Expected, ReplyRefused, Update, admit, length_of
 from medfl.layout import Flat, Layout
-from medfl.messages import Broadcast, Order
+from medfl.messages import Broadcast, Order, sizes_of
 from medfl.run_folder import Event
 from medfl.study import Rounds
 from medfl.turns import Take, Turns
@@ -68,8 +68,9 @@ def collect(
         )
         for s in sites
     ]
+    sizes = sizes_of(content)
     for asked_site in sites:
-        folder.wire(_rows(request, asked_site.name, "down", request.sends, {}))
+        folder.wire(_rows(request, asked_site.name, "down", request.sends, {}, sizes))
     turns = Turns([site.name for site in sites], take, folder.path)
     length = length_of(request.weights or request.flat) if request.trains else None
     heads: dict[str, str] = {}
@@ -85,7 +86,7 @@ def collect(
             head = federation.unsealed(reply, site.name, digest)
             update = admit(reply, expected)
             heads[site.name] = head
-            folder.wire(_rows(request, site.name, "up", expected.layout, update.metrics))
+            folder.wire(_rows(request, site.name, "up", expected.layout, update.metrics, sizes_of(reply.content)))
             turns.came(update)
         except ReplyRefused as error:
             refused.append((reply, site.name, str(error)))
@@ -152,7 +153,12 @@ def _expected(federation: Federation, request: Request, site: Enrolled, length: 
 
 
 def _rows(
-    request: Request, site: str, direction: str, layout: Layout, metrics: dict[str, float]
+    request: Request,
+    site: str,
+    direction: str,
+    layout: Layout,
+    metrics: dict[str, float],
+    sizes: Mapping[str, int],
 ) -> Iterator[dict[str, object]]:
     order = request.order
     common = {
@@ -162,14 +168,14 @@ def _rows(
         "arm": order.arm,
         "stage": request.stage,
     }
-    for slot in layout.slots:
+    for slot, size in layout.crossing(sizes):
         shape = "x".join(map(str, slot.shape)) or "1"
         yield common | {
             "name": slot.name,
             "role": slot.role,
             "dtype": slot.dtype,
             "shape": shape,
-            "bytes": slot.bytes,
+            "bytes": size,
         }
     for name in metrics:
         yield common | {"name": name, "role": "metric", "dtype": "float64", "shape": "1", "bytes": 8}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -127,6 +127,16 @@ class Layout:
     def of_role(self, role: Role) -> "Layout":
         """The part with this role; offsets are per group, so they stay."""
         return Layout(tuple(slot for slot in self.slots if slot.role is role))
+
+    def crossing(self, sizes: Mapping[str, int]) -> Iterator[tuple[Slot, int]]:
+        """Each tensor and its bytes: its part of its group's, which may be packed; they add up to them.
+
+        Args:
+            sizes: bytes of each group as it travels.
+        """
+        for slot in self.slots:
+            whole, size = self.sizes[slot.group], sizes[slot.group]
+            yield slot, (slot.offset + slot.size) * size // whole - slot.offset * size // whole
 
     def unsound(self, group: str, array: np.ndarray) -> str:
         """Name of the first tensor of a flat array that is not finite; "" if there is none."""

@@ -1,9 +1,10 @@
 """The messages of a study, and their form as Flower records. The only file that knows the records' keys.
 
 Tensors travel as raw little-endian bytes, one array per group of the layout: no pickle, no header to parse, and reading
-is a view of the received bytes.
+is a view of the received bytes. 16-bit floats are packed without loss where that makes them shorter.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from medfl import PROTOCOL, __version__
+from medfl import PROTOCOL, __version__, codecs
 from medfl.errors import VersionError
 from medfl.layout import Flat
 
@@ -20,7 +21,8 @@ DESCRIBE, REFRESH, SEED, EVALUATE = "query.describe", "query.refresh", "query.co
 PRETRAIN, FINETUNE, SYNTHESIZE = "train.pretrain", "train.finetune", "train.synthesize"
 KEYS, SHARES, UNMASK = "query.keys", "query.shares", "query.unmask"  # around a masked answer
 TRAIN = {"pretrain": PRETRAIN, "finetune": FINETUNE}  # by stage
-RAW = "medfl.raw"  # the arrays' serialisation type
+RAW, PACKED = "medfl.raw", "medfl.packed"  # the arrays' serialisation types
+PACKABLE = 2  # bytes of a value that can be packed
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,27 @@ def _flat(record: RecordDict) -> Flat:
 
 
 def to_array(array: np.ndarray) -> Array:
+    if array.dtype.itemsize == PACKABLE and len(packed := codecs.to_packed(array)) < array.nbytes:
+        return Array(str(array.dtype), array.shape, PACKED, packed)
     return Array(str(array.dtype), array.shape, RAW, array.tobytes())
 
 
 def from_array(array: Array) -> np.ndarray:
-    """A read-only view of the received bytes."""
+    """A read-only view of the received bytes; of packed ones a new array.
+
+    Raises:
+        ValueError: packed bytes of something else.
+    """
+    if array.stype == PACKED:
+        found = codecs.of_packed(array.data, math.prod(array.shape), np.dtype(array.dtype))
+        return found.reshape(array.shape)
     return np.frombuffer(array.data, dtype=array.dtype).reshape(array.shape)
+
+
+def sizes_of(record: RecordDict) -> dict[str, int]:
+    """Bytes of each array as it travels, by group."""
+    return {
+        f"{role}/{rest}": len(array.data)
+        for role, arrays in record.array_records.items()
+        for rest, array in arrays.items()
+    }

@@ -1,11 +1,12 @@
 """Compressed weights: how far each codec may be off, what is sent over the rounds, and what the gate takes."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -16,7 +17,7 @@ from medfl.errors import ConfigError, DivergedError
 from medfl.forms import Form, sound
 from medfl.gate import ReplyRefused, Update, admit
 from medfl.layout import Flat, Layout
-from medfl.messages import Answer, from_array, to_array
+from medfl.messages import PACKED, RAW, Answer, from_array, sizes_of, to_array
 from medfl.methods.base import Claim, Role
 from medfl.site_wire import closed
 from tests.test_gate import at, expected, reply, with_array
@@ -111,7 +112,8 @@ def test_a_form_says_what_travels_and_brings_it_back(kind: str) -> None:
     coded = form.encode(flat)
     assert {g: a.size for g, a in coded.items()} == form.coded.sizes
     assert sum(a.nbytes for a in coded.values()) == sum(slot.bytes for slot in form.coded.slots)
-    assert sum(int(line.split(" ")[4]) for line in contents(form.coded)) == sum(a.nbytes for a in coded.values())
+    lines = contents(form.coded, {group: array.nbytes for group, array in coded.items()})
+    assert sum(int(line.split(" ")[4]) for line in lines) == sum(a.nbytes for a in coded.values())
     back = form.decode(coded)
     assert {g: (a.dtype, a.size) for g, a in back.items()} == {g: (a.dtype, a.size) for g, a in flat.items()}
     assert back[SUMS] is flat[SUMS]  # sums are never compressed
@@ -125,6 +127,34 @@ def test_a_form_says_what_travels_and_brings_it_back(kind: str) -> None:
     part = own.decode({g: a for g, a in coded.items() if g in own.coded.sizes})
     assert part.keys() == LAYOUT.owned(("modality:t1",)).sizes.keys()
     assert all(np.array_equal(array, back[group]) for group, array in part.items())
+
+
+@given(arrays.arrays(np.uint16, st.integers(0, 600)))
+@settings(deadline=None)
+def test_packing_loses_nothing(halves: np.ndarray) -> None:
+    for dtype in (np.dtype(np.uint16), np.dtype(np.float16)):
+        found = codecs.of_packed(codecs.to_packed(halves), halves.size, dtype)
+        assert found.dtype == dtype
+        assert found.tobytes() == halves.tobytes()
+
+
+def test_halves_travel_packed_where_that_is_shorter_and_the_records_say_their_true_bytes() -> None:
+    form, flat = form_of("bf16"), drawn(0)
+    coded = form.encode(flat)
+    record = Answer("a", "n", form.digest, {}, coded).to_record()
+    sent = record.array_records["parameter"]["all/bfloat16"]
+    assert (sent.stype, to_array(np.random.default_rng(0).integers(1 << 16, size=999, dtype=np.uint16)).stype) == (
+        PACKED,
+        RAW,
+    )
+    assert len(sent.data) < 0.85 * coded["parameter/all/bfloat16"].nbytes
+    assert np.array_equal(from_array(sent), coded["parameter/all/bfloat16"])
+    sizes = sizes_of(record)
+    assert sum(sizes.values()) == sum(len(a.data) for arrays in record.array_records.values() for a in arrays.values())
+    told = list(form.coded.crossing(sizes))
+    assert [slot for slot, _ in told] == list(form.coded.slots)
+    assert sum(size for _, size in told) == sum(sizes.values())
+    assert all(size == slot.bytes for slot, size in told if slot.dtype == "float64")
 
 
 def test_blocks_never_cross_tensors() -> None:
@@ -222,6 +252,24 @@ def swapped(array: np.ndarray) -> np.ndarray:
 
 
 Spoil = Callable[[RecordDict], None]
+
+
+def sent_as(change: Callable[[bytes], bytes]) -> Spoil:
+    """Packed bytes that are other ones."""
+
+    def act(content: RecordDict) -> None:
+        array = content.array_records["parameter"]["all/bfloat16"]
+        assert array.stype == PACKED
+        content.array_records["parameter"]["all/bfloat16"] = Array(array.dtype, array.shape, PACKED, change(array.data))
+
+    return act
+
+
+def deflated(upper: bytes) -> bytes:
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return deflate.compress(upper) + deflate.flush()
+
+
 FP16, INT8, PLACES = (f"parameter/all/{dtype}" for dtype in ("float16", "int8", "uint32"))
 SPOILED: dict[str, tuple[str, Spoil, str]] = {
     "places that do not rise": ("topk", with_array(swapped, PLACES), "float32:indices': the places of its values must"),
@@ -237,11 +285,24 @@ SPOILED: dict[str, tuple[str, Spoil, str]] = {
     "weights as they are": ("int8", with_array(lambda a: np.ones(410, np.float32), PARAMETER), "shape, bytes"),
     "bf16 infinity": ("bf16", lambda c: bits(c, 0x7F80), "'a.bias' has NaN or infinity"),
     "bf16 NaN": ("bf16", lambda c: bits(c, 0x7FC0), "'a.bias' has NaN or infinity"),
+    "packed and cut off": ("bf16", sent_as(lambda d: d[:-1]), "packed bytes are not those of 410 values"),
+    "packed and less than the lower bytes": ("bf16", sent_as(lambda d: d[:400]), "packed bytes are not those of 410"),
+    "packed and something behind it": ("bf16", sent_as(lambda d: d + b"x"), "packed bytes are not those of 410"),
+    "packed noise": ("bf16", sent_as(lambda d: d[:410] + b"\xff" * 90), "packed bytes are not those of 410 values"),
+    "one value less in it": ("bf16", sent_as(lambda d: d[:410] + deflated(bytes(409))), "are not those of 410 values"),
+    "a thousand times more": ("bf16", sent_as(lambda d: d[:410] + deflated(bytes(300_000))), "not those of 410 values"),
+    "packed and longer than as it is": ("bf16", sent_as(lambda d: d + bytes(820)), "shape, bytes"),
+    "packed float32": ("int8", lambda c: c.array_records["parameter"].update({"all/float32": packed_ones()}),
+                       "shape, bytes"),
     "half infinity": ("fp16", with_array(at(-1, np.inf), FP16), "'b.weight' has NaN or infinity"),
     "another form": ("fp16", lambda c: c.config_records["identity"].update({"layout": form_of("bf16").digest}),
                      "another model or release"),
     "change of the sums": ("bf16", with_array(lambda a: a * 0, SUMS), "moments of 'norm' are of no data"),
 }  # fmt: skip
+
+
+def packed_ones() -> Array:
+    return Array("float32", (110,), PACKED, codecs.to_packed(np.ones(220, np.float16)))
 
 
 def bits(content: RecordDict, value: int) -> None:

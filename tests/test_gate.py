@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medfl.flower_compat import take_identity
 from medfl.gate import Expected, ReplyRefused, admit
 from medfl.layout import Layout
-from medfl.messages import RAW, Answer, to_array
+from medfl.messages import RAW, Answer, from_array, to_array
 from medfl.methods.base import Claim, Role
 from medfl.rules import Before, site_weights, weighted_mean
 
@@ -62,7 +62,7 @@ def with_array(change: Callable[[np.ndarray], np.ndarray], group: str = PARAMETE
     role, rest = group.split("/", 1)
 
     def act(content: RecordDict) -> None:
-        old = np.frombuffer(content.array_records[role][rest].data, dtype=group.rpartition("/")[2]).copy()
+        old = from_array(content.array_records[role][rest]).copy()
         content.array_records[role][rest] = to_array(change(old))
 
     return act

@@ -20,7 +20,7 @@ from medfl.check.listing import Listing
 from medfl.check.scope import Scope
 from medfl.errors import MedflError
 from medfl.gate import Update
-from medfl.messages import Broadcast
+from medfl.messages import Broadcast, sizes_of
 from medfl.rounds import order_of
 from medfl.server_state import Blueprint, Server
 from medfl.site import Site
@@ -124,7 +124,8 @@ def _measured(study: Study, site: Site, train: int) -> Fit:
     site.refresh(Broadcast(order, server.flat))
     refresh, most = time.perf_counter() - began, study.rounds.refresh_volumes
     rest = refresh * min(train, most) / min(len(site.images), most)
-    up, down = (sum(array.nbytes for array in flat.values()) for flat in (answer.flat, sent))
+    records = answer.to_record(), Broadcast(order, sent).to_record()
+    up, down = (sum(sizes_of(record).values()) for record in records)
     batch = min(len(site.task.images), study.training.batch_size)
     return Fit(_step(study, site), rest, batch, down, up, _peak(site), _views(study, site))
 

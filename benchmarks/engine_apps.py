@@ -18,6 +18,7 @@ def add(message: Message, context: Context) -> Message:
     found = (from_array(sent) if sent.stype == RAW else sent.numpy()) + np.float32(
         1 + int(context.node_config["partition-id"])
     )
-    made = to_array(found) if sent.stype == RAW else Array(found)
-    record = RecordDict({name: ArrayRecord({"x": made}), "metrics": MetricRecord({"num-examples": 1})})
+    arrays = ArrayRecord()
+    arrays["x"] = to_array(found) if sent.stype == RAW else Array(found)
+    record = RecordDict({name: arrays, "metrics": MetricRecord({"num-examples": 1})})
     return Message(record, reply_to=message)

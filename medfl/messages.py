@@ -5,7 +5,9 @@ is a view of the received bytes. 16-bit floats are packed without loss where tha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ KEYS, SHARES, UNMASK = "query.keys", "query.shares", "query.unmask"  # around a 
 TRAIN = {"pretrain": PRETRAIN, "finetune": FINETUNE}  # by stage
 RAW, PACKED = "medfl.raw", "medfl.packed"  # the arrays' serialisation types
 PACKABLE = 2  # bytes of a value that can be packed
+_borrows = ContextVar("borrows", default=False)
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,11 @@ class Answer:
 
 def _array_records(flat: Flat) -> dict[str, ArrayRecord]:
     """One ArrayRecord per role; inside, one array per "owner/dtype"."""
-    found: dict[str, dict[str, Array]] = {}
+    found: dict[str, ArrayRecord] = {}
     for group, array in flat.items():
         role, rest = group.split("/", 1)
-        found.setdefault(role, {})[rest] = to_array(array)
-    return {role: ArrayRecord(arrays) for role, arrays in found.items()}
+        found.setdefault(role, ArrayRecord())[rest] = to_array(array)
+    return found
 
 
 def _flat(record: RecordDict) -> Flat:
@@ -115,7 +118,21 @@ def _flat(record: RecordDict) -> Flat:
 def to_array(array: np.ndarray) -> Array:
     if array.dtype.itemsize == PACKABLE and len(packed := codecs.to_packed(array)) < array.nbytes:
         return Array(str(array.dtype), array.shape, PACKED, packed)
-    return Array(str(array.dtype), array.shape, RAW, array.tobytes())
+    if not _borrows.get():
+        return Array(str(array.dtype), array.shape, RAW, array.tobytes())
+    borrowed = Array(str(array.dtype), array.shape, RAW, b"")
+    borrowed.data = np.ascontiguousarray(array).data.cast("B").toreadonly()  # type: ignore[assignment]
+    return borrowed
+
+
+@contextmanager
+def borrowing() -> Iterator[None]:
+    """Arrays of messages made in here are views, for a carrier that copies them before anything else is done."""
+    token = _borrows.set(True)
+    try:
+        yield
+    finally:
+        _borrows.reset(token)
 
 
 def from_array(array: Array) -> np.ndarray:

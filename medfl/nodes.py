@@ -16,7 +16,7 @@ CRASHED = 2  # Flower's code of an app that raised, or whose process ended
 
 @runtime_checkable
 class Prompt(Protocol):
-    """A Grid that can tell which replies are there, so that nobody has to look again and again."""
+    """A Grid that copies messages as they are pushed, and that can tell which replies are there."""
 
     def arrived(self, message_ids: Collection[str], timeout: float) -> list[str]:
         """Those of the messages whose replies can be pulled, once there are any; none after `timeout` seconds."""

@@ -30,6 +30,10 @@ class Packed(pickle.Pickler):
         self.size += -(-length // ALIGNED) * ALIGNED
         return place, length, obj.dtype, tuple(obj.shape), obj.stype
 
+    def reducer_override(self, obj: Any) -> Any:
+        """The few bytes of a small array that is a view."""
+        return (bytes, (bytes(obj),)) if isinstance(obj, memoryview) else NotImplemented
+
     def fill(self, memory: memoryview) -> None:
         """Copy the arrays to their places."""
         whole = np.frombuffer(memory, np.uint8)  # numpy's copy leaves the other threads running

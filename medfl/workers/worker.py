@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from medfl.flower_compat import message_of, take_identity
 from medfl.machine import peak
 from medfl.malloc import keep_freed
+from medfl.messages import borrowing
 from medfl.nodes import answer
 from medfl.workers.memory import Mapped
 from medfl.workers.notes import Ask, Done, Logged, Map, Memory, Ready, Room, Task
@@ -94,10 +95,11 @@ def _answered(client: ClientApp, task: Task | Room, pipe: Connection, mapped: Ma
 
 
 def _reply(client: ClientApp, task: Task, mapped: Mapped) -> Packed:
-    """The packed reply; nothing of the request outlives this."""
+    """The packed reply, whose arrays are still the site's own; nothing of the request outlives this."""
     memory = None if task.block is None else mapped.view(task.block)
     message = message_of(unpacked(task.body, memory), task.metadata)
-    return Packed(answer(client, message, task.context))
+    with borrowing():
+        return Packed(answer(client, message, task.context))
 
 
 def _memory() -> Memory:

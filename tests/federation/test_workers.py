@@ -17,9 +17,10 @@ from client.app import app as client
 from medfl.carriers import Host, simulate
 from medfl.errors import ConfigError, ResourceError
 from medfl.flower_compat import take_identity
-from medfl.messages import RAW, from_array, to_array
+from medfl.messages import RAW, borrowing, from_array, to_array
 from medfl.workers.grid import WorkerGrid
 from medfl.workers.notes import Memory
+from medfl.workers.parcel import Packed, unpacked
 from medfl.workers.room import worker_count
 from medfl.workers.schedule import Line, Parcel, Waiting
 from server.app import app as server
@@ -41,8 +42,9 @@ def add_one(message: Message, context: Context) -> Message:
     time.sleep(float(words.get("sleep", 0)))
     numbers = from_array(message.content.array_records["x"]["x"])
     found = numbers + np.float32(1 + int(context.node_config["partition-id"]))
-    return Message(RecordDict({"x": ArrayRecord({"x": to_array(found)}), "pid": ConfigRecord({"pid": os.getpid()})}),
-                   reply_to=message)  # fmt: skip
+    content = RecordDict({"x": ArrayRecord(), "pid": ConfigRecord({"pid": os.getpid()})})
+    content.array_records["x"]["x"] = to_array(found)
+    return Message(content, reply_to=message)
 
 
 def request(sites: int, size: int = WIDE, **words: int | float) -> list[Message]:
@@ -56,6 +58,21 @@ def request(sites: int, size: int = WIDE, **words: int | float) -> list[Message]
 def grid() -> Iterator[WorkerGrid]:
     with WorkerGrid(echo, 40, threads=1, workers=2) as made:
         yield made
+
+
+def test_borrowed_arrays_are_views_that_arrive_whole() -> None:
+    arrays = {"large": np.arange(WIDE, dtype=np.float32), "small": np.arange(3.0), "none": np.empty(0, np.int8)}
+    content = RecordDict({"x": ArrayRecord()})
+    with borrowing():
+        for name, array in arrays.items():
+            content.array_records["x"][name] = to_array(array)
+    assert isinstance(to_array(arrays["small"]).data, bytes)  # outside they are copies, as ever
+    arrays["large"][-1] = 7
+    packed = Packed(content)
+    memory = bytearray(packed.size)
+    packed.fill(memoryview(memory))
+    found = unpacked(packed.body, memoryview(memory)).array_records["x"]
+    assert all(np.array_equal(from_array(found[name]), array) for name, array in arrays.items())
 
 
 def test_memory_of_a_reply_is_used_again_only_after_its_last_view(grid: WorkerGrid) -> None:

@@ -468,6 +468,8 @@ def test_ways_that_fail(coordinator: int, invitation: Any, tmp_path: Path, monke
     assert "not the study's" in told["TLS"].what
     assert around(invitation(1))[0]["port"].state == "fail"
     assert around(invitation(1, address="no-such-host.invalid"))[0]["name"].state == "fail"
+    for name in ("NO_PROXY", "no_proxy"):  # of whoever runs the tests
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:1")
     told, _ = around(invitation(coordinator))
     assert told["proxy"].state == "warn"

@@ -1,4 +1,4 @@
-"""Ways to train with less memory: a batch in parts, and activations that are computed again."""
+"""Ways to train with less memory, and what is refused: half precision where torch computes it wrongly."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from medfl.errors import ConfigError
 from medfl.methods.base import Claim, Method, Role
 from medfl.models.layers import recomputed
 from medfl.training import Device, Plan, Task, parts_of, train_locally
-from medfl.workshop import new_method
+from medfl.workshop import new_method, workshop
 
 CPU = Device(torch.device("cpu"), bf16=False, channels_last=False)
 SMALL = ("encoder=tiny", "encoder.base_width=4", "data.size=16", "training.threads=1", "sites=iid")
@@ -117,3 +117,11 @@ def test_less_memory_is_refused_under_privacy(word: str) -> None:
         config.compose(words("byol", "privacy=patient", word))
     with pytest.raises(ConfigError, match="at least 1"):
         config.compose(words("byol", "training.parts=0"))
+
+
+@pytest.mark.parametrize("word", ["data.spatial_dims=3", "encoder.stem=imagenet"])
+def test_half_precision_is_refused_on_a_cpu_where_its_gradients_are_wrong(word: str) -> None:
+    plain = words("simclr", "training.device=cpu", "training.precision=bf16")
+    assert workshop(config.compose(plain).source).where.bf16
+    with pytest.raises(ConfigError, match=r"precision=bf16: torch's Conv[23]d.*Take fp32 or auto"):
+        workshop(config.compose([*plain, word]).source)

@@ -82,7 +82,7 @@ def test_every_method_trains_in_a_form_and_the_record_has_every_byte(method: str
 def test_volumes_too_and_fewer_bytes(wire: str, tmp_path: Path) -> None:
     words = ("data.spatial_dims=3", "data.count=60", "training.batch_size=8", "rounds.count=1")
     plain, coded = (counted(tmp_path / form, *words, f"rounds.wire={form}")[1] for form in ("fp32", wire))
-    most = {"bf16": 0.55, "fp16": 0.55, "int8": 0.35, "topk": 0.35}[wire]  # sums stay as they are
+    most = {"bf16": 0.45, "fp16": 0.5, "int8": 0.35, "topk": 0.35}[wire]  # sums stay as they are
     assert coded["pretrain", "up"] < most * plain["pretrain", "up"]
     assert coded["refresh", "down"] == plain["refresh", "down"]
 

@@ -2,16 +2,18 @@
 
 The usual recipe is MONAI's transforms for one image at a time behind a DataLoader, float32, one forward for each view,
 lightly's NT-Xent (a plain one where lightly is missing) and torch's AdamW as it comes. Its strongest form has MONAI
-without metadata, the product's precision, one forward for both views and the fused AdamW: it differs in the views
-alone. Network, images, batches and operations of the views are the same on both sides.
+without metadata, the product's precision and order of channels, one forward for both views and the fused AdamW: it
+differs in the views alone. Network, images, batches and operations of the views are the same on both sides.
 
-The product computes in bf16 in 2D (`training.precision=bf16`). In 3D it stays in float32: torch's gradients of Conv3d
-in bf16 are wrong on a CPU. The floor is the product's loop on views that are already there.
+The product computes in bf16 in 2D (`training.precision=bf16`), at 64 pixels with channels last
+(`training.channels_last=always`), where that is faster. In 3D it stays in float32: torch's gradients of Conv3d in bf16
+are wrong on a CPU. The floor is the product's loop on views that are already there.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/epoch.py [--rounds 5] [--quick] [--json FILE]
 """
 
 import argparse
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,11 +51,16 @@ class Case:
     batch: int
     images: int
     bf16: bool
+    last: bool = False  # channels
+
+    @property
+    def form(self) -> torch.memory_format:
+        return torch.channels_last if self.last else torch.contiguous_format
 
 
 CASES = [
     Case("2D 28 px", 2, 28, 64, 256, bf16=True),
-    Case("2D 64 px", 2, 64, 32, 64, bf16=True),
+    Case("2D 64 px", 2, 64, 32, 64, bf16=True, last=True),
     Case("3D 28", 3, 28, 32, 32, bf16=False),
 ]
 
@@ -116,7 +123,8 @@ def peer_epoch(case: Case, method: SimCLR, images: Tensor, *, strongest: bool) -
     def run() -> None:
         method.train()
         with metadata(tracked=not strongest):
-            for views in loader:
+            for pair in loader:
+                views = tuple(view.contiguous(memory_format=case.form) for view in pair) if strongest else pair
                 optimizer.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=strongest and case.bf16):
                     loss = peer_loss(method, views, forwards=1 if strongest else 2)
@@ -128,13 +136,14 @@ def peer_epoch(case: Case, method: SimCLR, images: Tensor, *, strongest: bool) -
 
 def epoch(case: Case, shop: Workshop, images: Tensor, *, bf16: bool, ready: bool) -> Callable[[], None]:
     """The product's epoch; `ready` takes views that are already there."""
-    where, training = Device(torch.device("cpu"), bf16=bf16, channels_last=False), shop.study.training
-    optimizer = config.build(training.optimizer, parameters=shop.method.trainable())
+    where, training = Device(torch.device("cpu"), bf16=bf16, channels_last=case.last), shop.study.training
+    method = copy.deepcopy(shop.method).to(memory_format=case.form)
+    optimizer = config.build(training.optimizer, parameters=method.trainable())
     fixed = shop.views(images[: case.batch], key=0)
     task = Task(images, None, (lambda _images, *, key, count: fixed) if ready else shop.views)  # noqa: ARG005
     plan = Plan(0, "site", 1, 10**6, len(images) // case.batch, case.batch, training.warmup)
     numbers = iter(range(1, 10**6))
-    return lambda: train_locally(shop.method, task, optimizer, replace(plan, round=next(numbers)), where)
+    return lambda: train_locally(method, task, optimizer, replace(plan, round=next(numbers)), where)
 
 
 def check(method: SimCLR, views: list[Tensor]) -> dict[str, float]:
@@ -160,15 +169,15 @@ def check(method: SimCLR, views: list[Tensor]) -> dict[str, float]:
 
 
 def contest(case: Case, *, rounds: int) -> tuple[dict[str, float], Race]:
-    """All forms of the epoch; weights go on from one to the next, which costs nothing and changes no shape."""
+    """All forms of the epoch, each with a network of its own."""
     shop, images = opened(case)
     method = shop.method
     checked = check(method, [view[:8] for view in shop.views(images[: case.batch], key=1)])
     runs = {
         PRODUCT: epoch(case, shop, images, bf16=case.bf16, ready=False),
         FLOOR: epoch(case, shop, images, bf16=case.bf16, ready=True),
-        RECIPE: peer_epoch(case, method, images, strongest=False),
-        STRONGEST: peer_epoch(case, method, images, strongest=True),
+        RECIPE: peer_epoch(case, copy.deepcopy(method), images, strongest=False),
+        STRONGEST: peer_epoch(case, copy.deepcopy(method).to(memory_format=case.form), images, strongest=True),
     }
     if case.bf16:
         runs[SINGLE] = epoch(case, shop, images, bf16=False, ready=False)

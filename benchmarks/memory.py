@@ -1,6 +1,6 @@
 """Peak memory of the server against the number of sites, in units of one model; and Flower's own server beside it.
 
-    PYTHONPATH=. python benchmarks/memory.py [--sites 8 16 32] [--methods simclr dissect] [--json FILE]
+    PYTHONPATH=. python benchmarks/memory.py [--sites 8 16 32 64] [--methods simclr dissect] [--json FILE]
 
 Each point is a process of its own that holds server and sites (in-process carrier) through two rounds of a ResNet-18
 with next to no data (20 images a site, of 32 pixels), so that what grows with the sites is the server's. The peer is
@@ -66,7 +66,7 @@ def flower(sites: int) -> dict[str, float]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--sites", type=int, nargs="*", default=[8, 16, 32])
+    options.add_argument("--sites", type=int, nargs="*", default=[8, 16, 32, 64])
     options.add_argument("--methods", nargs="*", default=["simclr", "dissect"])
     options.add_argument("--json", type=Path)
     options.add_argument("--point", nargs=2, help=argparse.SUPPRESS)

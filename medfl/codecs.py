@@ -43,19 +43,24 @@ def to_packed(halves: np.ndarray) -> bytes:
 
 
 def of_packed(data: bytes | memoryview, size: int, dtype: np.dtype) -> np.ndarray:
-    """(size,) what `to_packed` was given; no more memory is taken than that needs, whatever came.
+    """(size,) what `to_packed` was given; whatever came, no more memory is taken than three times its bytes.
 
     Raises:
         ValueError: bytes that hold more or fewer values, or no such stream.
     """
-    lower, inflate = np.frombuffer(data, np.uint8, min(size, len(data))), zlib.decompressobj(BARE)
+    wrong = ValueError(f"its packed bytes are not those of {size} values")
+    if len(data) < size:  # before anything is inflated to that size
+        raise wrong
+    inflate = zlib.decompressobj(BARE)
     try:
-        upper = np.frombuffer(inflate.decompress(memoryview(data)[size:], size + 1), np.uint8)
+        upper = inflate.decompress(memoryview(data)[size:], size + 1)
     except zlib.error:
-        upper = lower[:0]
-    if not (lower.size == upper.size == size and inflate.eof and not inflate.unused_data):
-        raise ValueError(f"its packed bytes are not those of {size} values")
-    return np.stack((lower, upper), axis=1).reshape(-1).view(dtype)
+        raise wrong from None
+    if not (len(upper) == size and inflate.eof and not inflate.unused_data):
+        raise wrong
+    found = np.empty((size, 2), np.uint8)
+    found[:, 0], found[:, 1] = np.frombuffer(data, np.uint8, size), np.frombuffer(upper, np.uint8)
+    return found.reshape(-1).view(dtype)
 
 
 def _half(array: np.ndarray, dtype: str) -> torch.Tensor:

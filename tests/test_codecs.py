@@ -136,6 +136,8 @@ def test_packing_loses_nothing(halves: np.ndarray) -> None:
         found = codecs.of_packed(codecs.to_packed(halves), halves.size, dtype)
         assert found.dtype == dtype
         assert found.tobytes() == halves.tobytes()
+    with pytest.raises(ValueError, match="not those of 1000000000000 values"):
+        codecs.of_packed(codecs.to_packed(halves), 10**12, np.dtype(np.uint16))
 
 
 def test_halves_travel_packed_where_that_is_shorter_and_the_records_say_their_true_bytes() -> None:

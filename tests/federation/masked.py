@@ -101,7 +101,8 @@ class Sites:
 
     def request(self, number: int = 1) -> Request:
         order = Order("study", uuid4().hex, "federated", "pretrain", number, 3, 1, self.layout.digest, uuid4().hex)
-        return Request(PRETRAIN, order, self.layout, self.before, self.layout, self.layout.digest, trains=True)
+        sends = self.layout.of_role(Role.PARAMETER)
+        return Request(PRETRAIN, order, sends, self.before, self.layout, self.layout.digest, trains=True)
 
     def weigh(self, names: list[str]) -> Mapping[str, Mapping[str, float]]:
         found = {}

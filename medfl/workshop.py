@@ -61,10 +61,13 @@ def new_method(study: Study) -> Method:
 
 
 def _refuse_halves(method: Method, dims: int) -> None:
-    """What bfloat16 does to convolutions on a CPU, found by comparison with float32 over sides, kernels and strides.
+    """Refuse bfloat16 on a CPU where torch's convolutions are wrong (2.13.0, against float32 over many shapes).
 
     In 3D gradients of weights are wrong at sides of one and two voxels, and kernels of 7 over 5³ write beyond their
-    memory; in 2D single pixels under a stride of 2 give wrong ones (torch 2.13.0).
+    memory; in 2D single pixels under a stride of 2 give wrong ones.
+
+    Raises:
+        ConfigError: such a network.
     """
     sides = getattr(method.encoder, "map_sides", ())
     if dims == 3 or 1 in sides[:-1]:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -136,13 +135,13 @@ def loop(grid, sites: int, numbers: int, rounds: int) -> tuple[list[float], floa
     import torch
     from flwr.app import ArrayRecord, Message, RecordDict
 
-    from medfl.messages import borrowing, from_array, to_array
-    from medfl.nodes import Prompt
+    from medfl.messages import from_array, to_array
+    from medfl.nodes import lending
 
     weights, total, ends = np.zeros(numbers, np.float32), np.zeros(numbers, np.float32), []
     for _ in range(rounds):
         record = RecordDict({"arrays": ArrayRecord()})
-        with borrowing() if isinstance(grid, Prompt) else nullcontext():  # as medfl.exchange sends them
+        with lending(grid):  # as medfl.exchange
             record.array_records["arrays"]["x"] = to_array(weights)
         asked = [Message(record, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
         total.fill(0)

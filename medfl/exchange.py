@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -13,8 +12,8 @@ from medfl.evaluation.counts import LEAST
 from medfl.forms import Form, forms_of
 from medfl.gate import Expected, ReplyRefused, Update, admit, length_of
 from medfl.layout import Flat, Layout
-from medfl.messages import Broadcast, Order, borrowing, sizes_of
-from medfl.nodes import Prompt
+from medfl.messages import Broadcast, Order, sizes_of
+from medfl.nodes import lending
 from medfl.run_folder import Event
 from medfl.study import Rounds
 from medfl.turns import Take, Turns
@@ -58,7 +57,7 @@ def collect(
     limits, folder = federation.study.rounds, federation.folder
     request = _coded(request, limits)
     deadline = request.deadline or limits.deadline
-    with borrowing() if isinstance(federation.grid, Prompt) else nullcontext():
+    with lending(federation.grid):
         content = Broadcast(request.order, request.flat).to_record()
     digest = federation.sealed(content, deadline, request.kind)
     asked = [

@@ -18,7 +18,7 @@ from medfl.evaluation import counts
 from medfl.evaluation.collapse import symmetric
 from medfl.forms import Form
 from medfl.layout import CODED, DTYPES, WHOLE, Flat, Layout, carrier, finite
-from medfl.messages import PACKABLE, PACKED, RAW, SITE_ERROR, from_array
+from medfl.messages import PACKABLE, PACKED, RAW, SITE_ERROR, arrays_of, from_array
 from medfl.methods.base import Role
 
 CHUNK = 1 << 16  # elements
@@ -139,8 +139,7 @@ def _check_count(name: str, value: object, most: int, expected: Expected) -> Non
 
 
 def _tensors(content: RecordDict, expected: Expected) -> Flat:
-    arrays = {f"{role}/{rest}": a for role, record in content.array_records.items() for rest, a in record.items()}
-    sizes = expected.layout.sizes
+    arrays, sizes = arrays_of(content), expected.layout.sizes
     if odd := sorted(arrays.keys() ^ sizes.keys()):
         state = "missing" if odd[0] in sizes else "unexpected"
         raise _refuse(expected, f"array {odd[0][:60]!r} is {state}; need exactly {sorted(sizes)}.")

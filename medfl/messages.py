@@ -58,7 +58,7 @@ class Broadcast:
 
     @classmethod
     def from_record(cls, record: RecordDict) -> "Broadcast":
-        return cls(cls.order_of(record), _flat(record))
+        return cls(cls.order_of(record), {group: from_array(array) for group, array in arrays_of(record).items()})
 
     @staticmethod
     def order_of(record: RecordDict) -> Order:
@@ -107,12 +107,14 @@ def _array_records(flat: Flat) -> dict[str, ArrayRecord]:
     return found
 
 
-def _flat(record: RecordDict) -> Flat:
-    return {
-        f"{role}/{rest}": from_array(array)
-        for role, arrays in record.array_records.items()
-        for rest, array in arrays.items()
-    }
+def arrays_of(record: RecordDict) -> dict[str, Array]:
+    """The arrays of a message by group, as they came."""
+    return {f"{role}/{rest}": array for role, arrays in record.array_records.items() for rest, array in arrays.items()}
+
+
+def sizes_of(record: RecordDict) -> dict[str, int]:
+    """Bytes of each array as it travels, by group."""
+    return {group: len(array.data) for group, array in arrays_of(record).items()}
 
 
 def to_array(array: np.ndarray) -> Array:
@@ -145,12 +147,3 @@ def from_array(array: Array) -> np.ndarray:
         found = codecs.of_packed(array.data, math.prod(array.shape), np.dtype(array.dtype))
         return found.reshape(array.shape)
     return np.frombuffer(array.data, dtype=array.dtype).reshape(array.shape)
-
-
-def sizes_of(record: RecordDict) -> dict[str, int]:
-    """Bytes of each array as it travels, by group."""
-    return {
-        f"{role}/{rest}": len(array.data)
-        for role, arrays in record.array_records.items()
-        for rest, array in arrays.items()
-    }

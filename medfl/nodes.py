@@ -1,6 +1,7 @@
 """The sites of a simulation as nodes of a Grid on this machine; what carries the messages to them is a subclass's."""
 
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 from uuid import uuid4
 
@@ -9,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from medfl.flower_compat import NodeInfo, identify_message, new_run, take_identity
+from medfl.messages import borrowing
 
 FIRST_NODE = 1000
 CRASHED = 2  # Flower's code of an app that raised, or whose process ended
@@ -23,6 +25,11 @@ class Prompt(Protocol):
 
     def forget(self, message_ids: Collection[str]) -> None:
         """Nobody waits for the replies to these messages any more."""
+
+
+def lending(grid: Grid) -> AbstractContextManager[None]:
+    """For messages that are made for this grid: their arrays are not copied where it copies them itself."""
+    return borrowing() if isinstance(grid, Prompt) else nullcontext()
 
 
 class Nodes(Grid):

@@ -42,9 +42,10 @@ ROLES = {  # what may leave -> its column, and what it is
     "share": ("shares", "shares of the secrets behind the masks"),
     "metric": ("numbers", "losses, scores and counts from a fixed list of names, 8 bytes each"),
 }
+HALVES = "rounded to 16 bits ({}), and packed without loss, so that fewer bytes leave than are said here"
 WIRE = {  # rounds.wire -> what happens to the weights in answers to training
-    "bf16": "rounded to 16 bits (bf16), and packed without loss, so that fewer bytes leave than are said here",
-    "fp16": "rounded to 16 bits (fp16), and packed without loss, so that fewer bytes leave than are said here",
+    "bf16": HALVES.format("bf16"),
+    "fp16": HALVES.format("fp16"),
     "int8": "rounded to 8 bits, with one scale for each 256 of them (int8)",
     "topk": "left out but for the largest changes and their places (topk)",
 }

@@ -11,11 +11,10 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from medfl.errors import ConfigError, one_of
-from medfl.names import ARMS
+from medfl.provision.documents import check_site
 from medfl.study import STAGES, Node
 
 T = TypeVar("T")
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 STUDY_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
 NEEDS_NO_SITE = "report"  # the stage that runs at the study lead alone
 
@@ -107,10 +106,7 @@ class SiteFile:
         return replace(site, data={name: _placed(node, site.folder) for name, node in site.data.items()})
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.site):
-            raise ConfigError(f"site: got {self.site!r}, need 1 to 40 of a-z, 0-9 and -, such as hospital-a.")
-        if self.site in ARMS:
-            raise ConfigError(f"site: got {self.site!r}, need a name that is no arm's ({', '.join(ARMS)}). Add a word.")
+        check_site(self.site)
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads: got {self.threads}, need at least 1, or null.")

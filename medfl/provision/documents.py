@@ -201,7 +201,7 @@ def check_site(name: str) -> None:
         ConfigError: no site name.
     """
     if not SITE_NAME.fullmatch(name) or name in ARMS:
-        need = f"need 1 to 40 small letters, digits or hyphens, such as hospital-a, and not {', '.join(ARMS)}"
+        need = f"need 1 to 40 small letters, digits or hyphens, such as hospital-a, and no arm's ({', '.join(ARMS)})"
         raise ConfigError(f"site: got {name[:LINE]!r}, {need}.")
 
 

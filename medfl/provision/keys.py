@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -24,6 +25,7 @@ from medfl.errors import CredentialError
 
 SECRET_BYTES = 32
 FINGERPRINT_GROUPS = 8
+AGAIN = "Restore it from a backup, or make a new one."
 
 
 def new_node_key(path: Path) -> None:
@@ -68,12 +70,9 @@ def load_signing_key(path: Path) -> Ed25519PrivateKey:
     Raises:
         CredentialError: missing, readable by others, or no Ed25519 key.
     """
-    try:
-        key = load_pem_private_key(private(path).read_bytes(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
+    key = _loaded(path, load_pem_private_key)
     if not isinstance(key, Ed25519PrivateKey):
-        raise CredentialError(f"{path}: got no Ed25519 key in PEM. Restore it from a backup, or make a new one.")
+        raise CredentialError(f"{path}: got no Ed25519 key in PEM. {AGAIN}")
     return key
 
 
@@ -83,15 +82,18 @@ def public_of_node(path: Path) -> str:
     Raises:
         CredentialError: missing, readable by others, or no EC key.
     """
-    try:
-        key = load_ssh_private_key(private(path).read_bytes(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
+    key = _loaded(path, load_ssh_private_key)
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise CredentialError(
-            f"{path}: got no EC key in OpenSSH's format. Restore it from a backup, or make a new one."
-        )
+        raise CredentialError(f"{path}: got no EC key in OpenSSH's format. {AGAIN}")
     return _openssh(key).decode()
+
+
+def _loaded(path: Path, load: Callable[[bytes, None], object]) -> object:
+    """The private key in a file without a password; None where there is none."""
+    try:
+        return load(private(path).read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
 
 
 def public_of(key: Ed25519PrivateKey) -> str:
